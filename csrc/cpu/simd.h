@@ -1,0 +1,15 @@
+// One binary for every x86-64: hot functions are compiled for several instruction sets and the
+// loader picks. The numbers may differ in the last bit between processors (fused multiply-add),
+// as they do in a BLAS.
+#pragma once
+
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+#define MOSAIC_CLONES \
+  __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#else
+#define MOSAIC_CLONES
+#endif
+
+// The body of a cloned function is a template; it has to be inlined into the clone to be
+// compiled for the clone's instruction set.
+#define MOSAIC_INLINE inline __attribute__((always_inline))
