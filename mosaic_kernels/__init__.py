@@ -1,0 +1,19 @@
+"""Kernels of mosaicdiff: tensors in, tensors out.
+
+Importing is free: it starts no CUDA context, imports no triton and prints nothing.
+"""
+
+from mosaic_kernels._backends import backends
+from mosaic_kernels.cholesky import cholesky_inverse
+from mosaic_kernels.hessian import hessian_finalize_, hessian_update_
+from mosaic_kernels.prune import Trajectory, compensate, prune_columns
+
+__all__ = [
+    "Trajectory",
+    "backends",
+    "cholesky_inverse",
+    "compensate",
+    "hessian_finalize_",
+    "hessian_update_",
+    "prune_columns",
+]

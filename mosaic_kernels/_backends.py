@@ -1,0 +1,64 @@
+"""Say which implementation each operator uses on each device, and what would be better."""
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from mosaic_kernels._extension import EXTENSION, REBUILD
+
+TORCH_ON_CUDA = "torch on the device: this version has no CUDA C++ sources"
+
+
+def _cpp(uses: str) -> dict[str, str]:
+    if EXTENSION.module is None:
+        return {"implementation": "torch", "note": EXTENSION.reason}
+    if EXTENSION.module.openmp:
+        return {"implementation": "C++ (OpenMP)", "note": uses}
+    note = f"{uses}; built without OpenMP, on one thread: {REBUILD} that links OpenMP"
+    return {"implementation": "C++", "note": note}
+
+
+def _cuda(implementation: str, note: str) -> dict[str, str]:
+    if not torch.cuda.is_available():
+        cure = (
+            "no visible CUDA device" if torch.version.cuda else "this torch is built without CUDA"
+        )
+        return {"implementation": "unavailable", "note": f"{cure}; would be {implementation}"}
+    return {"implementation": implementation, "note": note}
+
+
+def _triton() -> dict[str, str]:
+    if torch.cuda.is_available() and find_spec("triton") is None:
+        return {"implementation": "unavailable", "note": "triton is missing: pip install triton"}
+    return _cuda("triton", "")
+
+
+def backends() -> dict[str, Any]:
+    """Return what each operator runs on, for a doctor's report.
+
+    Returns:
+        ``{"extension": {...}, "operators": {operator: {"cpu": entry, "cuda": entry}}}``, where an
+        entry has ``implementation`` ("torch", "C++ (OpenMP)", "triton", "unavailable") and
+        ``note``: what it consists of, or why there is nothing better and how to get it.
+    """
+    solve = {"implementation": "torch", "note": "a Cholesky solve: LAPACK's is the best there is"}
+    return {
+        "extension": EXTENSION.info(),
+        "operators": {
+            "hessian_update_": {
+                "cpu": {"implementation": "torch", "note": "lower blocks of a BLAS product"},
+                "cuda": _triton(),
+            },
+            "hessian_finalize_": {"cpu": _cpp("tiled mirror"), "cuda": _cuda("torch", "")},
+            "cholesky_inverse": {
+                "cpu": _cpp("diagonal blocks in C++, products by torch"),
+                "cuda": _cuda("torch", TORCH_ON_CUDA),
+            },
+            "prune_columns": {
+                "cpu": _cpp("panels in C++, products by torch"),
+                "cuda": _cuda("torch", TORCH_ON_CUDA),
+            },
+            "compensate": {"cpu": solve, "cuda": _cuda("torch", "")},
+        },
+    }

@@ -1,0 +1,97 @@
+"""Checks of the public functions: ``<function>: <argument> must be <rule>, got <value>. <cure>``."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WIDE = (torch.float32, torch.float64)
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def require(holds: bool, function: str, argument: str, rule: str, value: Any, cure: str) -> None:
+    """Raise a ValueError that names the argument, the rule, the value and the cure."""
+    if not holds:
+        raise ValueError(f"{function}: {argument} must be {rule}, got {value}. {cure}")
+
+
+def names(dtypes: tuple[torch.dtype, ...]) -> str:
+    """Return dtypes in words: ``float32 or float64``."""
+    words = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    return " or ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
+
+
+def describe(tensor: Tensor) -> str:
+    """Return dtype, shape and device of a tensor for a message."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return f"{dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
+
+
+def require_tensor(
+    function: str,
+    argument: str,
+    tensor: Tensor,
+    *,
+    dims: tuple[int, ...],
+    dtypes: tuple[torch.dtype, ...],
+    like: Tensor | None = None,
+) -> None:
+    """Check the number of dimensions, the dtype and, against ``like``, the device."""
+    require(
+        tensor.dim() in dims,
+        function,
+        argument,
+        f"a tensor of {' or '.join(map(str, dims))} dimensions",
+        describe(tensor),
+        "Reshape it.",
+    )
+    require(
+        tensor.dtype in dtypes, function, argument, names(dtypes), describe(tensor), "Convert it."
+    )
+    if like is not None:
+        require(
+            tensor.device == like.device,
+            function,
+            argument,
+            f"on {like.device} like the other tensors",
+            describe(tensor),
+            "Move it with .to().",
+        )
+
+
+def require_square(function: str, argument: str, matrix: Tensor) -> None:
+    """Check that the last two dimensions are equal and not zero."""
+    require(
+        matrix.shape[-1] == matrix.shape[-2] and matrix.shape[-1] > 0,
+        function,
+        argument,
+        "square, with at least one column",
+        describe(matrix),
+        "Pass the matrix H of one layer, or a batch of them.",
+    )
+
+
+def require_damping(function: str, damping: float) -> None:
+    """Check a damping: a share of mean(diag H), finite and not negative."""
+    require(
+        0 <= damping < float("inf"),
+        function,
+        "damping",
+        "finite and at least 0",
+        damping,
+        "It is a share of the mean of diag(H); 0.01 is usual.",
+    )
+
+
+def bad_entries(flags: Tensor) -> str:
+    """Return the indices of the set flags of a batch, for a message: ``entries 0, 3``."""
+    indices = [str(i) for i in torch.nonzero(flags).flatten().tolist()]
+    return ("entry " if len(indices) == 1 else "entries ") + ", ".join(indices)
+
+
+def all_finite(tensor: Tensor) -> Tensor:
+    """Return for each batch entry of a (B, ...) tensor whether it is finite, without a copy."""
+    if tensor.numel() == 0:
+        return torch.ones(tensor.shape[0], dtype=torch.bool, device=tensor.device)
+    low, high = tensor.flatten(1).aminmax(dim=1)
+    return torch.isfinite(low) & torch.isfinite(high)

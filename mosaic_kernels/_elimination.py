@@ -1,0 +1,260 @@
+"""The blocked elimination: panels of removals, and torch's products between them.
+
+The state is A (inverse of the damped H) and G = W^T W of the columns that are left, lower
+triangles only, with their diagonal blocks kept current. A panel removes some groups and returns
+U and V; then A -= U^T U and G -= U^T V + V^T U.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mosaic_kernels import _products
+from mosaic_kernels._extension import EXTENSION
+
+# Columns of a panel. Wider panels mean fewer passes over A and G, and more work in the pivots,
+# whose rows must take in the whole panel so far.
+PANEL_COLUMNS = 64
+# Removed columns stay in the matrices, as zeros in U and V, until they are this share of them;
+# then A and G are packed, a copy that costs less than the products it saves.
+PACK_SHARE = 0.125
+
+
+@dataclass
+class State:
+    """The matrices of a batch of layers in the middle of an elimination.
+
+    Args:
+        inverse: (B, n, n), A before the panel; lower triangle.
+        gram: (B, n, n), G before the panel; lower triangle.
+        inverse_blocks: (B, groups, g, g), diagonal blocks of A, current.
+        gram_blocks: (B, groups, g, g), diagonal blocks of G, current.
+        alive: (B, groups) bool, which groups are left; equally many in each layer.
+        index: (B, groups) int64, the group's index in the layer before pruning.
+    """
+
+    inverse: Tensor
+    gram: Tensor
+    inverse_blocks: Tensor
+    gram_blocks: Tensor
+    alive: Tensor
+    index: Tensor
+
+    @property
+    def group_size(self) -> int:
+        return self.inverse_blocks.shape[-1]
+
+
+@dataclass
+class Panel:
+    """What a panel of removals returns.
+
+    Args:
+        picked: (B, pivots) int64, positions in the state's groups.
+        losses: (B, pivots); not a number from a breakdown on.
+        u, v: (B, pivots * g, n); zero in removed columns.
+    """
+
+    picked: Tensor
+    losses: Tensor
+    u: Tensor
+    v: Tensor
+
+
+RunPanel = Callable[[State, int], Panel]
+
+
+def eliminate(
+    weight: Tensor, inverse: Tensor, group_size: int, count: int, run_panel: RunPanel
+) -> tuple[Tensor, Tensor]:
+    """Remove ``count`` groups from each layer; return (order, losses), both (B, count)."""
+    batch, n = inverse.shape[:2]
+    order = torch.empty(batch, count, dtype=torch.int64, device=inverse.device)
+    losses = inverse.new_empty(batch, count)
+    if count == 0:
+        return order, losses
+    state = initial_state(weight, inverse, group_size)
+    width = max(1, PANEL_COLUMNS // group_size)
+    removed = done = 0
+    while True:
+        panel = run_panel(state, min(width, count - done))
+        pivots = panel.picked.shape[1]
+        order[:, done : done + pivots] = state.index.gather(1, panel.picked)
+        losses[:, done : done + pivots] = panel.losses
+        done += pivots
+        removed += pivots
+        if done == count:
+            return order, losses
+        if removed >= PACK_SHARE * state.index.shape[1]:
+            pack(state, panel, removed)
+            removed = 0
+        apply(state, panel)
+
+
+def initial_state(weight: Tensor, inverse: Tensor, group_size: int) -> State:
+    """Return the state before the first removal: A as it is, and the lower triangle of W^T W."""
+    batch, n = inverse.shape[:2]
+    groups = n // group_size
+    gram = inverse.new_zeros(inverse.shape)
+    _products.add_product_lower_(gram, weight, weight, 1.0)
+    return State(
+        inverse.clone(memory_format=torch.contiguous_format),
+        gram,
+        diagonal_blocks(inverse, group_size),
+        diagonal_blocks(gram, group_size),
+        torch.ones(batch, groups, dtype=torch.bool, device=inverse.device),
+        torch.arange(groups, device=inverse.device).expand(batch, groups),
+    )
+
+
+def diagonal_blocks(matrix: Tensor, width: int) -> Tensor:
+    """Return a copy of the symmetric diagonal blocks (B, n / width, width, width)."""
+    batch, n = matrix.shape[:2]
+    parts = matrix.reshape(batch, n // width, width, n // width, width)
+    lower = parts.diagonal(dim1=1, dim2=3).movedim(-1, 1).tril()
+    return (lower + lower.tril(-1).mT).contiguous()
+
+
+def apply(state: State, panel: Panel) -> None:
+    """Take the panel out of A and G: A -= U^T U, G -= U^T V + V^T U."""
+    left, right = torch.cat((panel.u, panel.v), 1), torch.cat((panel.v, panel.u), 1)
+    _products.add_product_lower_(state.inverse, panel.u, panel.u, -1.0)
+    _products.add_product_lower_(state.gram, left, right, -1.0)
+
+
+def pack(state: State, panel: Panel, removed: int) -> None:
+    """Drop the ``removed`` groups from the state and from the panel's columns."""
+    batch = state.alive.shape[0]
+    # Every layer of the batch has lost equally many groups: the indices form a rectangle, and
+    # its size is known without asking the device.
+    rest = state.alive.shape[1] - removed
+    kept = state.alive.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :rest]
+    offsets = torch.arange(state.group_size, device=kept.device)
+    columns = (kept[:, :, None] * state.group_size + offsets).reshape(batch, -1)
+    state.inverse = take_square(state.inverse, columns)
+    state.gram = take_square(state.gram, columns)
+    blocks = kept[:, :, None, None].expand(-1, -1, state.group_size, state.group_size)
+    state.inverse_blocks = state.inverse_blocks.gather(1, blocks)
+    state.gram_blocks = state.gram_blocks.gather(1, blocks)
+    state.index = state.index.gather(1, kept)
+    state.alive = torch.ones_like(state.index, dtype=torch.bool)
+    wanted = columns[:, None, :].expand(-1, panel.u.shape[1], -1)
+    panel.u, panel.v = panel.u.gather(2, wanted), panel.v.gather(2, wanted)
+
+
+def take_square(matrix: Tensor, columns: Tensor) -> Tensor:
+    """Return the rows and columns ``columns`` (B, k) of each (n, n) matrix; order is kept."""
+    taken = [m.index_select(0, c).index_select(1, c) for m, c in zip(matrix, columns, strict=True)]
+    return torch.stack(taken)
+
+
+def panel_torch(state: State, pivots: int) -> Panel:
+    """Remove ``pivots`` groups with batched torch operators, without asking the device.
+
+    The same arithmetic as the compiled panel; some thirty small launches for each removal.
+    """
+    g, (batch, groups) = state.group_size, state.alive.shape
+    n = groups * g
+    rows = pivots * g
+    u, v = state.inverse.new_zeros(2, batch, rows, n).unbind(0)
+    picked = torch.empty(batch, pivots, dtype=torch.int64, device=u.device)
+    losses = u.new_empty(batch, pivots)
+    broken = torch.zeros(batch, dtype=torch.bool, device=u.device)
+    entries = torch.arange(batch, device=u.device)
+    for k in range(pivots):
+        loss = group_losses(state)
+        broken = broken | (torch.isnan(loss) & state.alive).any(1)
+        # A broken layer goes on with its lowest groups, zero rows and no loss: the others of
+        # the batch are not held up, and the caller reports it.
+        loss = loss.masked_fill(broken[:, None], 0).masked_fill(~state.alive, float("inf"))
+        best = loss.argmin(1)
+        picked[:, k] = best
+        losses[:, k] = loss[entries, best].masked_fill(broken, float("nan"))
+        state.alive[entries, best] = False
+        new_u, new_v = pivot_rows(state, best, u[:, : k * g], v[:, : k * g])
+        columns = state.alive.repeat_interleave(g, dim=1) & ~broken[:, None]
+        new_u = torch.where(columns[:, None, :], new_u, 0)
+        new_v = torch.where(columns[:, None, :], new_v, 0)
+        u[:, k * g : k * g + g], v[:, k * g : k * g + g] = new_u, new_v
+        blocks_u = new_u.reshape(batch, g, groups, g).transpose(1, 2)
+        blocks_v = new_v.reshape(batch, g, groups, g).transpose(1, 2)
+        cross = blocks_u.mT @ blocks_v
+        state.inverse_blocks -= blocks_u.mT @ blocks_u
+        state.gram_blocks -= cross + cross.mT
+    return Panel(picked, losses, u, v)
+
+
+def group_losses(state: State) -> Tensor:
+    """Return trace(A_SS^-1 G_SS) of each group, at least 0; not a number without a factor."""
+    if state.group_size == 1:
+        pivot, energy = state.inverse_blocks[..., 0, 0], state.gram_blocks[..., 0, 0]
+        return torch.where(pivot > 0, energy.clamp(min=0) / pivot, float("nan"))
+    factor, info = torch.linalg.cholesky_ex(state.inverse_blocks)
+    solved = torch.cholesky_solve(state.gram_blocks, factor)
+    loss = solved.diagonal(dim1=-2, dim2=-1).sum(-1).clamp(min=0)
+    return torch.where((info == 0) & torch.isfinite(loss), loss, float("nan"))
+
+
+def pivot_rows(state: State, best: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the (B, g, n) rows of U and V of the groups ``best``, given the panel so far."""
+    g, entries = state.group_size, torch.arange(best.shape[0], device=best.device)
+    columns = best[:, None] * g + torch.arange(g, device=best.device)
+    inverse_rows, gram_rows = read_rows(state.inverse, columns), read_rows(state.gram, columns)
+    wanted = columns[:, None, :].expand(-1, u.shape[1], -1)
+    u_s, v_s = u.gather(2, wanted).mT, v.gather(2, wanted).mT
+    inverse_rows -= u_s @ u
+    gram_rows -= u_s @ v + v_s @ u
+    factor = torch.linalg.cholesky_ex(state.inverse_blocks[entries, best])[0]
+    middle = torch.linalg.solve_triangular(factor, state.gram_blocks[entries, best], upper=False)
+    curvature = torch.linalg.solve_triangular(factor, middle.mT, upper=False)
+    new_u = torch.linalg.solve_triangular(factor, inverse_rows, upper=False)
+    new_v = torch.linalg.solve_triangular(factor, gram_rows, upper=False)
+    return new_u, new_v - 0.5 * curvature @ new_u
+
+
+def read_rows(matrix: Tensor, rows: Tensor) -> Tensor:
+    """Return the (B, g, n) rows of symmetric matrices of which the lower triangle is stored."""
+    batch, n = matrix.shape[:2]
+    across = matrix.gather(1, rows[:, :, None].expand(-1, -1, n))
+    down = matrix.gather(2, rows[:, None, :].expand(-1, n, -1)).mT
+    left = torch.arange(n, device=rows.device) <= rows[:, :, None]
+    return torch.where(left, across, down)
+
+
+def panel_cpp(state: State, pivots: int) -> Panel:
+    """Remove ``pivots`` groups with the compiled panel (OpenMP over layers, or over columns)."""
+    assert EXTENSION.module is not None
+    g, (batch, groups) = state.group_size, state.alive.shape
+    shape = (batch, pivots * g, groups * g)
+    panel = Panel(
+        torch.empty(batch, pivots, dtype=torch.int64),
+        state.inverse.new_empty(batch, pivots),
+        state.inverse.new_empty(shape),
+        state.inverse.new_empty(shape),
+    )
+    arrays = (
+        state.inverse,
+        state.gram,
+        state.inverse_blocks,
+        state.gram_blocks,
+        state.alive,
+        panel.u,
+        panel.v,
+        panel.picked,
+        panel.losses,
+    )
+    EXTENSION.module.prune_panel(
+        *(array.data_ptr() for array in arrays),
+        batch,
+        groups * g,
+        g,
+        pivots,
+        state.inverse.element_size(),
+        torch.get_num_threads(),
+    )
+    return panel
+
+
+PANEL_CPU: RunPanel = panel_torch if EXTENSION.module is None else panel_cpp
