@@ -1,0 +1,34 @@
+"""What the engine knows of each denoiser: one file per family, one line here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .base import Adapter
+from .dit import DiTAdapter
+
+_ADAPTERS: tuple[Adapter, ...] = (DiTAdapter(),)
+
+
+def adapter_for(denoiser: Any) -> Adapter:
+    """Return the adapter of a denoiser, by its class name.
+
+    Raises:
+        ValueError: no adapter knows the class.
+    """
+    return adapter_for_class(type(denoiser).__name__)
+
+
+def adapter_for_class(name: str) -> Adapter:
+    """Return the adapter of a denoiser class by name; see `adapter_for`."""
+    for adapter in _ADAPTERS:
+        if adapter.denoiser_class == name:
+            return adapter
+    known = ", ".join(adapter.denoiser_class for adapter in _ADAPTERS)
+    raise ValueError(
+        f"adapter_for: denoiser must be one of {known}, got {name}. "
+        "Other families need an adapter in mosaicdiff/adapters."
+    )
+
+
+__all__ = ["Adapter", "adapter_for", "adapter_for_class"]

@@ -1,0 +1,180 @@
+"""DiT: `DiTTransformer2DModel`, class-conditional."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..groups import Macs, PrunableLayer
+from ..pack import BiasOnly, Parts, StageBuilder, dense_parts, make_linear
+from .base import Adapter
+
+
+class DiTAdapter(Adapter):
+    """Remove heads of self-attention and GELU neurons from every block."""
+
+    denoiser_class = "DiTTransformer2DModel"
+    timestep_argument = ("timestep", 1)
+
+    def empty(self, config: dict[str, Any]) -> nn.Module:
+        from accelerate import init_empty_weights
+        from diffusers import DiTTransformer2DModel
+
+        with init_empty_weights(include_buffers=False):
+            return DiTTransformer2DModel.from_config(config)
+
+    def check(self, denoiser: nn.Module) -> None:
+        for name, module in denoiser.named_modules():
+            if getattr(module, "fused_projections", False):
+                raise ValueError(
+                    f"prune: {name} must have its own q, k and v projections, but they are fused. "
+                    "Call unfuse_qkv_projections() first and fuse afterwards."
+                )
+            if hasattr(module, "lora_A") or hasattr(module, "base_layer"):
+                raise ValueError(
+                    f"prune: {name} must be a plain layer, but an adapter (LoRA) is loaded. "
+                    "Fuse it into the weights or unload it first."
+                )
+        for layer in self.layers(denoiser):
+            for linear in (*layer.writers, layer.reader):
+                kind = type(denoiser.get_submodule(linear))
+                if kind is not nn.Linear:
+                    raise ValueError(
+                        f"prune: {linear} must be torch.nn.Linear, got {kind.__name__}. "
+                        "Prune before quantising."
+                    )
+            _check_width(denoiser, layer)
+
+    def layers(self, denoiser: nn.Module) -> tuple[PrunableLayer, ...]:
+        tokens = _tokens(denoiser)
+        found = []
+        for index, block in enumerate(denoiser.transformer_blocks):
+            prefix = f"transformer_blocks.{index}"
+            attention, feed_forward = block.attn1, block.ff
+            width = denoiser.config.attention_head_dim
+            found.append(
+                PrunableLayer(
+                    name=f"{prefix}.attn1",
+                    kind="heads",
+                    reader=f"{prefix}.attn1.to_out.0",
+                    writers=tuple(f"{prefix}.attn1.{w}" for w in ("to_q", "to_k", "to_v")),
+                    groups=denoiser.config.num_attention_heads,
+                    width=width,
+                    cost=tokens * width * 4 * attention.query_dim,
+                )
+            )
+            inner = feed_forward.net[2].in_features
+            found.append(
+                PrunableLayer(
+                    name=f"{prefix}.ff",
+                    kind="neurons",
+                    reader=f"{prefix}.ff.net.2",
+                    writers=(f"{prefix}.ff.net.0.proj",),
+                    groups=inner,
+                    width=1,
+                    cost=tokens * 2 * attention.query_dim,
+                )
+            )
+        return tuple(found)
+
+    def replace(
+        self, builder: StageBuilder, layer: PrunableLayer, parts: Parts, groups: int
+    ) -> None:
+        if groups == 0:
+            bias = parts.get(f"{layer.reader}.bias")
+            features = builder.root.get_submodule(layer.reader).out_features
+            builder.replace(layer.name, BiasOnly(features, bias))
+            return
+        for linear in (*layer.writers, layer.reader):
+            module = make_linear(parts[f"{linear}.weight"], parts.get(f"{linear}.bias"))
+            builder.replace(linear, module)
+        if layer.kind == "heads":
+            attention = builder.own(layer.name)
+            attention.heads = attention.sliceable_head_dim = groups
+            attention.inner_dim = attention.inner_kv_dim = groups * layer.width
+        _check_width(builder.root, layer)
+
+    def parts(self, stage: nn.Module, layer: PrunableLayer) -> Parts:
+        module = stage.get_submodule(layer.name)
+        if isinstance(module, BiasOnly):
+            return {} if module.bias is None else {f"{layer.reader}.bias": module.bias.detach()}
+        return dense_parts(stage, layer)
+
+    def latent_shape(self, denoiser: nn.Module) -> tuple[int, int, int]:
+        config = denoiser.config
+        return config.in_channels, config.sample_size, config.sample_size
+
+    def check_inputs(
+        self, denoiser: nn.Module, latents: torch.Tensor, inputs: dict[str, Any]
+    ) -> None:
+        expected = self.latent_shape(denoiser)
+        if latents.ndim != 4 or tuple(latents.shape[1:]) != expected:
+            raise ValueError(
+                f"calibration: latents must be (B, {', '.join(map(str, expected))}), "
+                f"got {tuple(latents.shape)}. They are VAE latents times its scaling factor."
+            )
+        if set(inputs) != {"class_labels"}:
+            raise ValueError(
+                "calibration: inputs of a DiT batch must be {'class_labels': ...}, "
+                f"got {sorted(inputs)}."
+            )
+        labels = inputs["class_labels"]
+        null = denoiser.config.num_embeds_ada_norm
+        if labels.shape != (latents.shape[0],) or labels.is_floating_point():
+            raise ValueError(
+                f"calibration: class_labels must be ({latents.shape[0]},) whole numbers, "
+                f"got {tuple(labels.shape)} {labels.dtype}."
+            )
+        if labels.numel() and (labels.min() < 0 or labels.max() > null):
+            raise ValueError(
+                f"calibration: class_labels must be in 0..{null} ({null} is the null label), "
+                f"got {int(labels.min())}..{int(labels.max())}."
+            )
+
+    def null_inputs(
+        self, denoiser: nn.Module, inputs: dict[str, Any], rows: torch.Tensor
+    ) -> dict[str, Any]:
+        labels = inputs["class_labels"]
+        null = torch.full_like(labels, denoiser.config.num_embeds_ada_norm)
+        return inputs | {"class_labels": torch.where(rows, null, labels)}
+
+    def example_inputs(
+        self, denoiser: nn.Module, batch_size: int, device: torch.device
+    ) -> dict[str, Any]:
+        return {"class_labels": torch.zeros(batch_size, dtype=torch.long, device=device)}
+
+    def macs(self, denoiser: nn.Module) -> Macs:
+        tokens = _tokens(denoiser)
+        patch = denoiser.pos_embed.proj.weight.numel()
+        linear = tokens * (patch + _weights(denoiser.proj_out_2)) + _weights(denoiser.proj_out_1)
+        # The output head calls the first block's embedder once more.
+        linear += _weights(denoiser.transformer_blocks[0].norm1.emb)
+        products = 0
+        for block in denoiser.transformer_blocks:
+            linear += _weights(block.norm1) + tokens * (_weights(block.attn1) + _weights(block.ff))
+            if not isinstance(block.attn1, BiasOnly):
+                products += 2 * tokens**2 * block.attn1.inner_dim
+        return Macs(linear, products)
+
+
+def _tokens(denoiser: nn.Module) -> int:
+    return (denoiser.config.sample_size // denoiser.config.patch_size) ** 2
+
+
+def _weights(module: nn.Module) -> int:
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def _check_width(denoiser: nn.Module, layer: PrunableLayer) -> None:
+    """Hold `heads` to the projections: diffusers derives the head width from both, silently."""
+    if layer.kind != "heads":
+        return
+    attention = denoiser.get_submodule(layer.name)
+    rows = attention.to_q.weight.shape[0]
+    if rows != attention.heads * layer.width:
+        raise ValueError(
+            f"prune: {layer.name} must have {layer.width} rows a head, got {rows} rows for "
+            f"{attention.heads} heads. Was it pruned by other means?"
+        )

@@ -1,0 +1,119 @@
+"""SNR-aware calibration: clean latents, noised within a stage, through the dense denoiser."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .adapters import Adapter
+from .bank import HessianBank
+from .capture import capture_inputs
+from .config import PruneConfig
+from .groups import PrunableLayer
+from .schedule import NoiseSchedule
+from .stages import Stage
+
+#: Clean latents (B, C, H, W) and the denoiser's other inputs, each with B rows.
+Batch = tuple[torch.Tensor, dict[str, Any]]
+
+
+class CalibrationSet:
+    """Clean latents with their conditions, checked before any work starts.
+
+    Args:
+        batches: latents (B, C, H, W) and a dict of the denoiser's other forward arguments.
+        adapter: of the denoiser.
+        denoiser: that the batches are meant for.
+
+    Raises:
+        ValueError: there is nothing, or something that is not finite, or of a wrong shape.
+    """
+
+    def __init__(self, batches: Iterable[Batch], adapter: Adapter, denoiser: nn.Module) -> None:
+        latents, inputs = [], []
+        for index, (latent, extra) in enumerate(batches):
+            adapter.check_inputs(denoiser, latent, extra)
+            if not torch.isfinite(latent).all():
+                raise ValueError(
+                    f"calibration: latents must be finite, got NaN or infinity in batch {index}."
+                )
+            latents.append(latent.detach().float().cpu())
+            inputs.append({key: value.cpu() for key, value in extra.items()})
+        if sum(len(latent) for latent in latents) == 0:
+            raise ValueError(
+                "calibration: batches must hold at least one sample, got none. "
+                "Give clean latents with their conditions."
+            )
+        self.latents = torch.cat(latents)
+        self.inputs = {key: torch.cat([row[key] for row in inputs]) for key in inputs[0]}
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    @property
+    def power(self) -> float:
+        """P, the mean square of the clean latents."""
+        return float(self.latents.double().square().mean())
+
+    def draw(self, samples: int, size: int, generator: torch.Generator) -> Iterator[Batch]:
+        """Yield batches of samples in random order, each used once before any is used again."""
+        order: list[int] = []
+        while len(order) < samples:
+            order += torch.randperm(len(self), generator=generator).tolist()
+        for start in range(0, samples, size):
+            rows = torch.tensor(order[start : min(start + size, samples)])
+            yield self.latents[rows], {key: value[rows] for key, value in self.inputs.items()}
+
+
+def add_noise(
+    schedule: NoiseSchedule, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
+) -> torch.Tensor:
+    """Return x_t = signal_t x_0 + noise_t eps for (B,) timesteps; all on the CPU."""
+    shape = (-1, *[1] * (latents.ndim - 1))
+    signal = torch.from_numpy(schedule.signal)[timesteps].float().reshape(shape)
+    sigma = torch.from_numpy(schedule.noise)[timesteps].float().reshape(shape)
+    return signal * latents + sigma * noise
+
+
+def collect_statistics(
+    denoiser: nn.Module,
+    adapter: Adapter,
+    layers: Sequence[PrunableLayer],
+    stage: Stage,
+    schedule: NoiseSchedule,
+    data: CalibrationSet,
+    config: PruneConfig,
+    advance: Callable[[int], None] = lambda samples: None,
+) -> HessianBank:
+    """Run the dense denoiser on noised samples of one stage and sum its readers' inputs.
+
+    Timesteps are uniform in the stage, noise is normal, and `config.null_share` of the samples
+    carries the null condition. Draws depend on the seed and the stage only, and are made on the
+    CPU, so that they are the same on every device.
+
+    Source: MosaicDiff (arXiv 2510.11962), SNR-aware calibration.
+    """
+    parameter = next(denoiser.parameters())
+    widths = {layer.reader: layer.groups * layer.width for layer in layers}
+    bank = HessianBank(widths, parameter.device)
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + stage.first)
+    with torch.no_grad(), capture_inputs(denoiser, widths, bank.update):
+        for latents, inputs in data.draw(config.samples, config.batch_size, generator):
+            rows = len(latents)
+            timesteps = torch.randint(
+                stage.first, stage.last + 1, (rows,), generator=generator, dtype=torch.long
+            )
+            noise = torch.randn(latents.shape, generator=generator)
+            dropped = torch.rand(rows, generator=generator) < config.null_share
+            inputs = adapter.null_inputs(denoiser, inputs, dropped)
+            noisy = add_noise(schedule, latents, noise, timesteps)
+            denoiser(
+                noisy.to(parameter.device, parameter.dtype),
+                **{adapter.timestep_argument[0]: timesteps.to(parameter.device)},
+                **{key: value.to(parameter.device) for key, value in inputs.items()},
+            )
+            advance(rows)
+    return bank

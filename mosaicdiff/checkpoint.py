@@ -1,0 +1,356 @@
+"""Save and load a staged denoiser. The format is described in docs/checkpoint-format.md."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from .adapters import Adapter, adapter_for_class
+from .files import whole_folder, write_text
+from .groups import PrunableLayer
+from .pack import Parts, narrow_parts
+from .runtime import LayerState, StagedDenoiser, StageInfo
+from .stages import Division, Stage
+
+FORMAT_VERSION = 1
+CONFIG = "config.json"
+REPORT = "report.json"
+
+
+def weights_name(variant: str | None = None) -> str:
+    """Return the name of the weights file, as diffusers builds it."""
+    infix = f".{variant}" if variant else ""
+    return f"diffusion_pytorch_model{infix}.safetensors"
+
+
+def save(staged: StagedDenoiser, folder: Path, variant: str | None = None) -> None:
+    """Write a staged denoiser: a new folder appears whole, an existing one file by file."""
+    if folder.is_dir():
+        _write(staged, folder, variant)
+    else:
+        with whole_folder(folder) as temporary:
+            _write(staged, temporary, variant)
+
+
+def _write(staged: StagedDenoiser, folder: Path, variant: str | None) -> None:
+    tensors, storage, aliases = storage_of(staged)
+    weights = folder / weights_name(variant)
+    partial = weights.with_name(weights.name + ".partial")
+    save_file(tensors, partial, metadata={"format": "pt"})
+    partial.replace(weights)
+    info = staged.info
+    if info.report:
+        write_text(folder / REPORT, json.dumps(info.report, indent=2) + "\n")
+    config = {
+        "_class_name": "StagedDenoiser",
+        "_diffusers_version": diffusers.__version__,
+        "format_version": FORMAT_VERSION,
+        "base": {"class": info.base_class, "config": info.base_config},
+        "stages": [
+            asdict(stage) | {"steps": steps}
+            for stage, steps in zip(info.division.stages, info.steps, strict=True)
+        ],
+        "boundaries": list(info.division.boundaries),
+        "storage": storage,
+        "aliases": aliases,
+        "prune_config": info.prune_config,
+        "source": info.source,
+    }
+    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def storage_of(
+    staged: StagedDenoiser,
+) -> tuple[dict[str, torch.Tensor], dict[str, str], dict[str, str]]:
+    """Lay out the tensors of a checkpoint so that none is there twice.
+
+    Returns:
+        Tensors by stored name; for each parameter of a pruned layer `union` (one tensor over the
+        groups that any stage keeps) or `stage` (one for each stage); and, of the latter, names
+        that stand for an earlier stage's.
+
+    Raises:
+        ValueError: the stages no longer share what was not pruned.
+    """
+    stages, info, adapter = list(staged.stage_models), staged.info, staged.adapter
+    tensors = _shared_tensors(stages, info.layers)
+    storage: dict[str, str] = {}
+    aliases: dict[str, str] = {}
+    for layer in info.layers:
+        kept = [_kept(info, k, layer) for k in range(len(stages))]
+        for k, groups in enumerate(kept):
+            if len(groups) < layer.groups:
+                tensors[f"kept.{k}.{layer.name}"] = groups.to(torch.int32)
+        parts = [adapter.parts(stage, layer) for stage in stages]
+        for name in layer.parameters:
+            held = [(k, part[name]) for k, part in enumerate(parts) if name in part]
+            if not held:
+                continue
+            union = _union(layer, name, held, kept)
+            if union is not None:
+                storage[name] = "union"
+                tensors[f"union.{name}"] = union
+                continue
+            storage[name] = "stage"
+            _store_apart(name, held, tensors, aliases)
+    return tensors, storage, aliases
+
+
+def _shared_tensors(
+    stages: list[nn.Module], layers: tuple[PrunableLayer, ...]
+) -> dict[str, torch.Tensor]:
+    """Collect what no layer's width touches; it must be one tensor in all stages."""
+    prefixes = tuple(f"{layer.name}." for layer in layers)
+    states = [
+        {k: v for k, v in stage.state_dict().items() if not k.startswith(prefixes)}
+        for stage in stages
+    ]
+    for state in states[1:]:
+        for name, tensor in state.items():
+            if tensor.data_ptr() != states[0][name].data_ptr():
+                raise ValueError(
+                    f"save_pretrained: {name} must be shared by all stages, but they hold "
+                    "different tensors. Was a stage moved or trained alone?"
+                )
+    return {f"shared.{name}": tensor.contiguous() for name, tensor in states[0].items()}
+
+
+def _kept(info: StageInfo, stage: int, layer: PrunableLayer) -> torch.Tensor:
+    return info.kept[stage].get(layer.name, torch.arange(layer.groups))
+
+
+def _union_groups(kept: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(kept).unique()
+
+
+def _union(
+    layer: PrunableLayer,
+    name: str,
+    held: list[tuple[int, torch.Tensor]],
+    kept: list[torch.Tensor],
+) -> torch.Tensor | None:
+    """Merge the stages' slices of a parameter; None where they disagree on a common group."""
+    if name == f"{layer.reader}.bias":
+        first = held[0][1]
+        return first if all(torch.equal(first, t) for _, t in held[1:]) else None
+    dim = 1 if name == f"{layer.reader}.weight" else 0
+    groups = _union_groups([kept[k] for k, _ in held])
+    shape = list(held[0][1].shape)
+    shape[dim] = len(groups) * layer.width
+    merged = held[0][1].new_empty(shape)
+    places = []
+    for k, tensor in held:
+        place = layer.columns(torch.searchsorted(groups, kept[k])).to(tensor.device)
+        merged.index_copy_(dim, place, tensor)
+        places.append((place, tensor))
+    if all(torch.equal(merged.index_select(dim, place), t) for place, t in places):
+        return merged
+    return None
+
+
+def _store_apart(
+    name: str,
+    held: list[tuple[int, torch.Tensor]],
+    tensors: dict[str, torch.Tensor],
+    aliases: dict[str, str],
+) -> None:
+    for k, tensor in held:
+        stored = f"stage.{k}.{name}"
+        for j, other in held[:k]:
+            same = other.data_ptr() == tensor.data_ptr() and other.shape == tensor.shape
+            if j < k and same and tensor.numel():
+                aliases[stored] = aliases.get(f"stage.{j}.{name}", f"stage.{j}.{name}")
+                break
+        else:
+            tensors[stored] = tensor.contiguous()
+
+
+def load(path: str | Path, **kwargs: Any) -> StagedDenoiser:
+    """Read a staged denoiser; see `StagedDenoiser.from_pretrained`."""
+    folder = _resolve_folder(path, kwargs)
+    dtype = kwargs.pop("torch_dtype", kwargs.pop("dtype", None))
+    variant = kwargs.pop("variant", None)
+    device = _device(kwargs.pop("device_map", None))
+    if kwargs.pop("quantization_config", None) is not None:
+        raise ValueError(
+            "StagedDenoiser: quantization_config must be None: a staged denoiser cannot be "
+            "quantised on loading in this version."
+        )
+    config = read_config(folder)
+    weights = folder / weights_name(variant)
+    if not weights.is_file():
+        raise ValueError(f"StagedDenoiser: {folder} must hold {weights.name}, but it does not.")
+    tensors = load_file(weights, device=str(device))
+    dtype = torch.float32 if dtype is None else dtype
+    tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
+    report = folder / REPORT
+    return _assemble(
+        config, tensors, json.loads(report.read_text()) if report.is_file() else {}, device
+    )
+
+
+def _resolve_folder(path: str | Path, kwargs: dict[str, Any]) -> Path:
+    """Find the local folder of a checkpoint, fetching it from the Hub where it is an id."""
+    subfolder = kwargs.pop("subfolder", None)
+    hub = {
+        key: kwargs.pop(key, None) for key in ("revision", "token", "cache_dir", "local_files_only")
+    }
+    folder = Path(path)
+    if not folder.is_dir():
+        if str(path).count("/") != 1:
+            raise ValueError(
+                f"StagedDenoiser: path must be a folder or a Hub id, got {str(path)!r}."
+            )
+        from huggingface_hub import snapshot_download
+
+        patterns = [f"{subfolder}/*"] if subfolder else None
+        hub["local_files_only"] = bool(hub["local_files_only"])
+        folder = Path(snapshot_download(str(path), allow_patterns=patterns, **hub))
+    return folder / subfolder if subfolder else folder
+
+
+def _device(device_map: Any) -> torch.device:
+    if isinstance(device_map, dict) and set(device_map) == {""}:
+        device_map = device_map[""]
+    if device_map is None:
+        return torch.device("cpu")
+    try:
+        return torch.device(device_map)
+    except (RuntimeError, TypeError):
+        raise ValueError(
+            "StagedDenoiser: device_map must name one device (or be None), got "
+            f"{device_map!r}. The stages share modules, so they stay together."
+        ) from None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read and check the configuration of a checkpoint folder.
+
+    Raises:
+        ValueError: it is missing, or of another kind or version.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ValueError(f"StagedDenoiser: {folder} must hold {CONFIG}, but it does not.")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("_class_name") != "StagedDenoiser":
+        raise ValueError(
+            f"StagedDenoiser: {path} must describe a StagedDenoiser, got "
+            f"{config.get('_class_name')}."
+        )
+    if config.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"StagedDenoiser: format_version must be {FORMAT_VERSION}, got "
+            f"{config.get('format_version')} in {path}. Load it with the mosaicdiff that wrote it, "
+            "or prune again with this one."
+        )
+    return config
+
+
+def _assemble(
+    config: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
+    report: dict[str, Any],
+    device: torch.device,
+) -> StagedDenoiser:
+    adapter = adapter_for_class(config["base"]["class"])
+    base = adapter.empty(config["base"]["config"])
+    layers = adapter.layers(base)
+    count = len(config["stages"])
+    kept = [
+        {
+            layer.name: tensors[f"kept.{k}.{layer.name}"].long().cpu()
+            for layer in layers
+            if f"kept.{k}.{layer.name}" in tensors
+        }
+        for k in range(count)
+    ]
+    info = StageInfo(
+        base_class=config["base"]["class"],
+        base_config=config["base"]["config"],
+        division=Division(
+            tuple(Stage(s["name"], s["first"], s["last"]) for s in config["stages"]),
+            tuple(config["boundaries"]),
+        ),
+        layers=layers,
+        kept=kept,
+        steps=[s["steps"] for s in config["stages"]],
+        prune_config=config["prune_config"],
+        report=report,
+        source=config["source"],
+    )
+    _fill_base(base, info, config, tensors)
+    states = [
+        {
+            layer.name: _layer_state(layer, k, info, adapter, config, tensors)
+            for layer in layers
+            if layer.name in kept[k]
+        }
+        for k in range(count)
+    ]
+    staged = StagedDenoiser.assemble(base, info, states)
+    missing = [name for name, p in staged.named_parameters() if p.is_meta]
+    if missing:
+        raise ValueError(f"StagedDenoiser: weights must hold {missing[0]}, but they do not.")
+    return staged.to(device)
+
+
+def _fill_base(
+    base: nn.Module, info: StageInfo, config: dict[str, Any], tensors: dict[str, torch.Tensor]
+) -> None:
+    """Put what is shared, and every layer that some stage keeps whole, into the base."""
+    prefix = "shared."
+    state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    for layer in info.layers:
+        whole = [k for k in range(len(info.kept)) if layer.name not in info.kept[k]]
+        if whole:
+            for name in layer.parameters:
+                if name in config["storage"]:
+                    state[name] = _stored(name, whole[0], config, tensors)
+    base.load_state_dict(state, strict=False, assign=True)
+    base.requires_grad_(False)
+
+
+def _stored(
+    name: str, stage: int, config: dict[str, Any], tensors: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    if config["storage"][name] == "union":
+        return tensors[f"union.{name}"]
+    own = f"stage.{stage}.{name}"
+    return tensors[config["aliases"].get(own, own)]
+
+
+def _layer_state(
+    layer: PrunableLayer,
+    stage: int,
+    info: StageInfo,
+    adapter: Adapter,
+    config: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
+) -> LayerState:
+    kept = info.kept[stage][layer.name]
+    parts: Parts = {}
+    for name in layer.parameters:
+        if name not in config["storage"]:
+            continue
+        bias_only = len(kept) == 0 and name != f"{layer.reader}.bias"
+        if bias_only:
+            continue
+        tensor = _stored(name, stage, config, tensors)
+        if config["storage"][name] == "union" and name != f"{layer.reader}.bias":
+            holders = [
+                _kept(info, k, layer)
+                for k in range(len(info.kept))
+                if len(_kept(info, k, layer)) > 0
+            ]
+            place = torch.searchsorted(_union_groups(holders), kept)
+            tensor = narrow_parts({name: tensor}, layer, place)[name]
+        parts[name] = tensor
+    return LayerState(kept, parts)

@@ -1,0 +1,105 @@
+"""What pruning did, by stage and layer, as data and as tables."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer of one stage; `error` is the lost share of the output's energy."""
+
+    name: str
+    kind: str
+    groups: int
+    kept: int
+    error: float
+    damping: float
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """One stage: train timesteps as diffusers counts them, from 0, both ends included."""
+
+    name: str
+    first_timestep: int
+    last_timestep: int
+    steps: int
+    sparsity: float
+    macs: int
+    macs_with_attention: int
+    layers: list[LayerReport]
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What was done: MACs are of one denoiser call for one sample; pruned ones average the steps.
+
+    `parameters` and `bytes` are what a checkpoint holds, all stages together, in the dtype at
+    hand; `resident_bytes` is what the stages take when loaded; `parameters_per_step` is what one
+    step uses, averaged over the steps.
+    """
+
+    stages: list[StageReport]
+    sparsity: float
+    latent_power: float
+    macs_dense: int
+    macs_dense_with_attention: int
+    macs: float
+    macs_with_attention: float
+    parameters_dense: int
+    parameters: int
+    parameters_per_step: float
+    bytes_dense: int
+    bytes: int
+    resident_bytes: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values that JSON can hold."""
+        return asdict(self)
+
+    def stage_table(self) -> Table:
+        """Draw one line a stage."""
+        table = Table(title="stages")
+        for column in ("stage", "t (from 1)", "steps", "sparsity", "MACs", "mean error", "damping"):
+            table.add_column(column, justify="left" if column == "stage" else "right")
+        for stage in self.stages:
+            errors = [layer.error for layer in stage.layers]
+            table.add_row(
+                stage.name,
+                f"{stage.first_timestep + 1}..{stage.last_timestep + 1}",
+                str(stage.steps),
+                f"{stage.sparsity:.1%}",
+                f"{stage.macs_with_attention / self.macs_dense_with_attention:.1%}",
+                f"{sum(errors) / len(errors):.4f}",
+                f"{max(layer.damping for layer in stage.layers):g}",
+            )
+        return table
+
+    def layer_table(self) -> Table:
+        """Draw one line a layer: groups kept and error in each stage."""
+        table = Table(title="kept of each layer (error of its output)")
+        table.add_column("layer")
+        table.add_column("dense", justify="right")
+        for stage in self.stages:
+            table.add_column(stage.name, justify="right")
+        for index, layer in enumerate(self.stages[0].layers):
+            cells = [
+                f"{stage.layers[index].kept} ({stage.layers[index].error:.3f})"
+                for stage in self.stages
+            ]
+            table.add_row(layer.name, f"{layer.groups} {layer.kind}", *cells)
+        return table
+
+
+def report_from_dict(values: dict[str, Any]) -> PruneReport:
+    """Build a report from what `to_dict` gave."""
+    stages = [
+        StageReport(**{**stage, "layers": [LayerReport(**row) for row in stage["layers"]]})
+        for stage in values["stages"]
+    ]
+    return PruneReport(**{**values, "stages": stages})

@@ -1,0 +1,183 @@
+"""One denoiser to the outside, one sub-network a stage inside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from torch import nn
+
+from .adapters import Adapter, adapter_for_class
+from .clock import StageClock
+from .groups import Macs, PrunableLayer
+from .pack import Parts, StageBuilder
+from .stages import Division
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """What one stage keeps of one layer: group indices (int64, CPU, sorted) and its tensors."""
+
+    kept: torch.Tensor
+    parts: Parts
+
+
+#: The layers of one stage that differ from the dense denoiser, by layer name.
+StageState = Mapping[str, LayerState]
+
+
+@dataclass
+class StageInfo:
+    """What a staged denoiser remembers of how it was made, and what a checkpoint holds."""
+
+    base_class: str
+    base_config: dict[str, Any]
+    division: Division
+    layers: tuple[PrunableLayer, ...]
+    #: For each stage, kept groups of every layer that is not whole.
+    kept: list[dict[str, torch.Tensor]]
+    #: Sampling steps of each stage in the plan.
+    steps: list[int]
+    prune_config: dict[str, Any]
+    report: dict[str, Any] = field(default_factory=dict)
+    source: str | None = None
+
+
+class StagedDenoiser(ModelMixin, ConfigMixin):
+    """Call like the denoiser it was made from; each stage runs a smaller dense sub-network.
+
+    Attached to a scheduler (a pipeline does that by itself) it follows the sampler's steps on
+    the host; otherwise it reads the timestep of each call.
+
+    Args:
+        info: how it was made; `info.division` says which timesteps are whose.
+        stage_models: one module a stage, noisiest first. What was not pruned is the same
+            module object in all of them.
+    """
+
+    config_name = "config.json"
+
+    def __init__(self, info: StageInfo, stage_models: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.info = info
+        self.stage_models = nn.ModuleList(stage_models)
+        self.adapter: Adapter = adapter_for_class(info.base_class)
+        self._clock = StageClock(info.division)
+        self.register_to_config(**info.base_config)
+
+    @classmethod
+    def assemble(
+        cls, base: nn.Module, info: StageInfo, states: Iterable[StageState]
+    ) -> StagedDenoiser:
+        """Build the stages around a base denoiser, whose other modules they all share."""
+        adapter = adapter_for_class(info.base_class)
+        stages = []
+        for state in states:
+            builder = StageBuilder(base)
+            for layer in info.layers:
+                if layer.name in state:
+                    layer_state = state[layer.name]
+                    adapter.replace(builder, layer, layer_state.parts, len(layer_state.kept))
+            stages.append(builder.root)
+        return cls(info, stages).eval()
+
+    @property
+    def division(self) -> Division:
+        return self.info.division
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the sub-network of the current stage; arguments and result are the original's."""
+        return self.stage_models[self._choose(args, kwargs)](*args, **kwargs)
+
+    @torch.compiler.disable
+    def _choose(self, args: tuple, kwargs: dict[str, Any]) -> int:
+        if len(self.stage_models) == 1:
+            return 0
+        name, position = self.adapter.timestep_argument
+        timestep = kwargs.get(name, args[position] if len(args) > position else None)
+        if timestep is None:
+            raise ValueError(
+                f"StagedDenoiser: {name} must be given, got None. It tells the stage."
+            )
+        return self._clock.stage_of_call(timestep)
+
+    def attach(self, scheduler: Any) -> None:
+        """Follow a scheduler, so that no call has to read its timestep.
+
+        Pipelines attach by themselves. Inside a run the scheduler's position decides: a loop
+        that calls the denoiser out of the scheduler's order must `detach` first.
+
+        Raises:
+            ValueError: the scheduler gives no signal-to-noise ratio.
+        """
+        self._clock.attach(scheduler)
+
+    def detach(self) -> None:
+        """Let go of every scheduler, restoring their methods."""
+        self._clock.detach()
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile every stage in place: one graph a stage, none for the choice between them."""
+        for stage in self.stage_models:
+            stage.compile(*args, **kwargs)
+
+    def macs(self) -> list[Macs]:
+        """Count the MACs of one call for one sample, for each stage."""
+        return [self.adapter.macs(stage) for stage in self.stage_models]
+
+    def mean_macs(self) -> tuple[float, float]:
+        """Average over the plan's steps: (without, with) attention products."""
+        weight = [count / sum(self.info.steps) for count in self.info.steps]
+        counts = self.macs()
+        return (
+            sum(w * m.linear for w, m in zip(weight, counts, strict=True)),
+            sum(w * m.total for w, m in zip(weight, counts, strict=True)),
+        )
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        is_main_process: bool = True,
+    ) -> None:
+        """Write `config.json`, safetensors and the report; see docs/checkpoint-format.md.
+
+        Args:
+            save_directory: created if missing; of a folder that exists only these files change.
+            safe_serialization: False is refused, there is no pickle format.
+            variant: as in diffusers, part of the file's name.
+            is_main_process: other processes write nothing.
+        """
+        from .checkpoint import save
+
+        if not safe_serialization:
+            raise ValueError(
+                "save_pretrained: safe_serialization must be True, got False. "
+                "A staged denoiser is saved as safetensors only."
+            )
+        if is_main_process:
+            save(self, Path(save_directory), variant)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path | None, **kwargs: Any) -> StagedDenoiser:
+        """Read what `save_pretrained` wrote, from a folder or a Hub repository.
+
+        Args:
+            path: folder, or Hub id.
+            kwargs: `subfolder`, `torch_dtype`, `variant`, `device_map`, `revision`, `token`,
+                `cache_dir`, `local_files_only`.
+
+        Raises:
+            ValueError: the folder holds no staged denoiser, or one of another version.
+        """
+        from .checkpoint import load
+
+        if path is None:
+            raise ValueError("StagedDenoiser: path must be a folder or a Hub id, got None.")
+        return load(path, **kwargs)

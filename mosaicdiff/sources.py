@@ -1,0 +1,192 @@
+"""Where models and calibration latents come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+from torch import nn
+
+from . import digits
+from .calibrate import Batch
+
+#: Name of the embedded model, wherever a model is asked for.
+DIGITS = "digits"
+
+_COMPONENTS = ("transformer", "unet")
+_IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+_CHUNK = 64
+
+
+def load_pipeline(
+    model: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> DiffusionPipeline:
+    """Load `digits`, a local diffusers folder or a Hub id, dense or staged.
+
+    Raises:
+        ValueError: there is no such model, or the folder holds no pipeline.
+    """
+    path = digits.MODEL_FOLDER if str(model) == DIGITS else Path(model)
+    if path.exists() and not (path / "model_index.json").is_file():
+        raise ValueError(
+            f"load_pipeline: {path} must be a diffusers pipeline folder, but it holds no "
+            "model_index.json. Give the folder that save_pretrained wrote."
+        )
+    name = str(path) if path.exists() else str(model)
+    if not path.exists() and (name.count("/") != 1 or name.startswith((".", "/"))):
+        raise ValueError(
+            f"load_pipeline: model must be 'digits', a local folder or a Hub id "
+            f"(owner/name), got {name!r}, which is none of them."
+        )
+    try:
+        pipe = DiffusionPipeline.from_pretrained(name, torch_dtype=dtype)
+    except OSError as error:
+        raise ValueError(
+            f"load_pipeline: {name!r} could not be loaded as a pipeline: {error}"
+        ) from None
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+def find_denoiser(pipe: DiffusionPipeline) -> tuple[str, nn.Module]:
+    """Return the component name and module of a pipeline's denoiser.
+
+    Raises:
+        ValueError: the pipeline has none.
+    """
+    for name in _COMPONENTS:
+        module = getattr(pipe, name, None)
+        if isinstance(module, nn.Module):
+            return name, module
+    raise ValueError(
+        f"find_denoiser: pipeline must have one of {', '.join(_COMPONENTS)}, got "
+        f"{type(pipe).__name__} with {', '.join(pipe.components)}."
+    )
+
+
+def source_name(pipe: DiffusionPipeline | None) -> str | None:
+    """Return what a pipeline was loaded from; the embedded model by its name."""
+    if pipe is None:
+        return None
+    origin = getattr(pipe.config, "_name_or_path", None)
+    if origin and Path(origin).resolve() == digits.MODEL_FOLDER.resolve():
+        return DIGITS
+    return origin
+
+
+def load_calibration(source: str | Path | None, pipe: DiffusionPipeline) -> list[Batch]:
+    """Read calibration batches for a class-conditional pipeline.
+
+    Args:
+        source: a folder of images with a sub-folder for each class, a `.npz` or `.safetensors`
+            with `latents` (N, C, H, W), scaled as the denoiser sees them, and `labels` (N,); or
+            None for the embedded model, which has its own.
+
+    Raises:
+        ValueError: the source is missing, of another kind, or holds nothing.
+    """
+    if source is None:
+        if source_name(pipe) != DIGITS:
+            raise ValueError(
+                "calibration: a source must be given for this model, got none. Name a folder of "
+                "images with a sub-folder for each class, or a .npz or .safetensors file with "
+                "latents and labels."
+            )
+        images, labels = digits.load_images()
+        return list(_encode(pipe, images, labels))
+    path = Path(source)
+    if path.is_dir():
+        return list(_encode_folder(pipe, path))
+    if not path.is_file():
+        raise ValueError(f"calibration: {path} must be a folder or a file, but there is none.")
+    if path.suffix not in (".npz", ".safetensors"):
+        raise ValueError(
+            f"calibration: {path} must be a folder, a .npz or a .safetensors file."
+        )
+    return [_latent_file(path)]
+
+
+def _latent_file(path: Path) -> Batch:
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as archive:
+                held = {key: torch.from_numpy(archive[key]) for key in archive.files}
+        else:
+            held = load_file(path)
+    except Exception as error:
+        raise ValueError(f"calibration: {path} could not be read: {error}") from None
+    if not {"latents", "labels"} <= set(held):
+        raise ValueError(
+            f"calibration: {path} must hold 'latents' and 'labels', got {sorted(held)}."
+        )
+    labels = held["labels"]
+    if labels.is_floating_point():
+        raise ValueError(f"calibration: labels in {path} must be whole numbers, got {labels.dtype}.")
+    return held["latents"].float(), {"class_labels": labels.long()}
+
+
+def _encode(
+    pipe: DiffusionPipeline, images: torch.Tensor, labels: torch.Tensor
+) -> Iterator[Batch]:
+    """Encode images (N, C, H, W) in [-1, 1] into the latents that the denoiser sees."""
+    vae = pipe.vae
+    parameter = next(vae.parameters())
+    with torch.no_grad():
+        pairs = zip(images.split(_CHUNK), labels.split(_CHUNK), strict=True)
+        for chunk, rows in pairs:
+            encoded = vae.encode(chunk.to(parameter.device, parameter.dtype)).latent_dist.mode()
+            yield (encoded * vae.config.scaling_factor).float().cpu(), {"class_labels": rows}
+
+
+def _encode_folder(pipe: DiffusionPipeline, folder: Path) -> Iterator[Batch]:
+    files = [
+        (path, label)
+        for sub in sorted(p for p in folder.iterdir() if p.is_dir())
+        for label in [_class_label(pipe, sub)]
+        for path in sorted(sub.iterdir())
+        if path.suffix.lower() in _IMAGES
+    ]
+    if not files:
+        raise ValueError(
+            f"calibration: {folder} must hold a sub-folder of images for each class, "
+            "but no image was found in one."
+        )
+    for start in range(0, len(files), _CHUNK):
+        part = files[start : start + _CHUNK]
+        images = torch.stack([_read_image(pipe, path) for path, _ in part])
+        yield from _encode(pipe, images, torch.tensor([label for _, label in part]))
+
+
+def _class_label(pipe: DiffusionPipeline, folder: Path) -> int:
+    """Read a sub-folder's name as a label number, or as a name that the pipeline knows."""
+    if folder.name.isdecimal():
+        return int(folder.name)
+    known = getattr(pipe, "labels", None) or {}
+    if folder.name in known:
+        return int(known[folder.name])
+    raise ValueError(
+        f"calibration: {folder} must be named by a label number or a class name of the "
+        f"pipeline, got {folder.name!r}."
+    )
+
+
+def _read_image(pipe: DiffusionPipeline, path: Path) -> torch.Tensor:
+    """Read an image as (C, H, W) in [-1, 1], cropped to the centre at the pipeline's size."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    config = pipe.vae.config
+    _, denoiser = find_denoiser(pipe)
+    size = denoiser.config.sample_size * 2 ** (len(config.block_out_channels) - 1)
+    try:
+        with Image.open(path) as image:
+            fitted = ImageOps.fit(image.convert("L" if config.in_channels == 1 else "RGB"),
+                                  (size, size), Image.Resampling.BICUBIC)
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"calibration: {path} could not be read as an image: {error}") from None
+    pixels: Any = np.asarray(fitted, dtype=np.float32)
+    return torch.from_numpy(pixels.reshape(size, size, -1)).permute(2, 0, 1) / 127.5 - 1
