@@ -1,4 +1,4 @@
-"""Checks of the public functions: ``<function>: <argument> must be <rule>, got <value>. <cure>``."""
+"""Checks of public functions: ``<function>: <argument> must be <rule>, got <value>. <cure>``."""
 
 from typing import Any
 

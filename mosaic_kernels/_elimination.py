@@ -69,7 +69,10 @@ RunPanel = Callable[[State, int], Panel]
 def eliminate(
     weight: Tensor, inverse: Tensor, group_size: int, count: int, run_panel: RunPanel
 ) -> tuple[Tensor, Tensor]:
-    """Remove ``count`` groups from each layer; return (order, losses), both (B, count)."""
+    """Remove ``count`` groups from each layer; return (order, losses), both (B, count).
+
+    Where A of a layer stops being positive definite, its losses are not a number from there on.
+    """
     batch, n = inverse.shape[:2]
     order = torch.empty(batch, count, dtype=torch.int64, device=inverse.device)
     losses = inverse.new_empty(batch, count)
@@ -86,7 +89,8 @@ def eliminate(
         done += pivots
         removed += pivots
         if done == count:
-            return order, losses
+            broken = torch.isnan(losses).cumsum(1) > 0
+            return order, losses.masked_fill(broken, float("nan"))
         if removed >= PACK_SHARE * state.index.shape[1]:
             pack(state, panel, removed)
             removed = 0

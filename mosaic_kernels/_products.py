@@ -5,16 +5,22 @@ product into blocks leaves out most of what is not needed and keeps the speed of
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 from torch import Tensor
 
 BLOCK = 512
+ALIGN = 16  # rows of a block start on a cache line
 
 
 def blocks(n: int) -> Iterator[tuple[int, int]]:
-    """Yield the ranges of a cut of n rows into blocks."""
-    for begin in range(0, n, BLOCK):
-        yield begin, min(begin + BLOCK, n)
+    """Yield the ranges of a cut of n rows into blocks of nearly equal size.
+
+    A thin rest would run as a matrix-vector product: slower, and three times less accurate.
+    """
+    parts = -(-n // BLOCK)
+    bounds = [min(n, -(-n * i // (parts * ALIGN)) * ALIGN) for i in range(parts + 1)]
+    yield from pairwise(bounds)
 
 
 def add_product_lower_(c: Tensor, p: Tensor, q: Tensor, alpha: float) -> None:

@@ -1,0 +1,96 @@
+import pytest
+import torch
+
+import mosaic_kernels as mk
+from mosaic_kernels import cholesky
+from mosaic_kernels.ref import cholesky_inverse_ref, damped_ref
+
+LEAVES = sorted({cholesky.invert_factor_torch, cholesky.INVERT_FACTOR_CPU}, key=str)
+
+
+def torch_inverse(h, damping):
+    damped = torch.stack([damped_ref(a, damping) for a in h]).to(h)
+    return torch.cholesky_inverse(torch.linalg.cholesky(damped))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("batch, n", [(1, 1), (3, 2), (2, 64), (1, 65), (2, 129), (1, 700)])
+def test_inverse(device, dtype, batch, n, make_layer, check_error):
+    h = make_layer(batch, 1, n, dtype)[1].to(device)
+    before = h.clone()
+    inverse, used = mk.cholesky_inverse(h, 0.01)
+    assert torch.equal(h, before)
+    assert torch.equal(inverse, inverse.mT)
+    assert used.tolist() == [0.01] * batch and used.dtype == torch.float64
+    truth = torch.stack([cholesky_inverse_ref(a, 0.01) for a in h])
+    check_error(inverse, torch_inverse(h, 0.01), truth)
+
+
+def test_single_matrix(device, make_layer):
+    h = make_layer(1, 1, 10)[1].to(device)
+    inverse, used = mk.cholesky_inverse(h[0])
+    assert inverse.shape == (10, 10) and used.shape == (1,)
+    assert torch.equal(inverse, mk.cholesky_inverse(h)[0][0])
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_leaves_agree_and_a_failure_stays_its_own(leaf):
+    a = torch.eye(70).repeat(3, 1, 1) * 4
+    a[1, 30, 30] = -1
+    failed = torch.zeros(3, dtype=torch.bool)
+    cholesky.inverse_factor_(a, failed, leaf)
+    assert failed.tolist() == [False, True, False]
+    assert torch.equal(a[0], torch.eye(70) / 2) and torch.equal(a[2], torch.eye(70) / 2)
+    assert torch.isfinite(a).all()
+
+
+def test_damping_is_raised_for_the_failing_matrix_alone(device, make_layer):
+    h = make_layer(3, 1, 80)[1].to(device)
+    values, vectors = torch.linalg.eigh(h[1])
+    values[0] = -0.05 * h[1].diagonal().mean()  # needs a damping above 0.05
+    h[1] = (vectors * values) @ vectors.mT
+    inverse, used = mk.cholesky_inverse(h, 0.01)
+    assert used.tolist() == pytest.approx([0.01, 0.1, 0.01])
+    for i in range(3):
+        torch.testing.assert_close(inverse[i].cpu(), cholesky_inverse_ref(h[i], float(used[i])))
+
+
+def test_ladder_of_damping_zero_starts_at_1e_8(device):
+    h = torch.ones(1, 4, 4, dtype=torch.float64, device=device)  # of rank 1
+    used = mk.cholesky_inverse(h, 0.0)[1]
+    assert used.tolist() == pytest.approx([1e-8])
+    full = torch.eye(4, dtype=torch.float64, device=device)
+    assert mk.cholesky_inverse(full, 0.0)[1].tolist() == [0.0]
+
+
+def test_past_the_limit_the_error_names_the_entries(device):
+    h = torch.eye(3, device=device).repeat(4, 1, 1)
+    h[1, 0, 0] = h[3, 0, 0] = -1.9  # mean diag 0.033: a damping of 10 adds 0.33
+    with pytest.raises(
+        RuntimeError,
+        match="no Cholesky factor for batch entries 1, 3 with damping up to 10.0",
+    ):
+        mk.cholesky_inverse(h)
+
+
+def test_errors():
+    eye = torch.eye(3).repeat(3, 1, 1)
+    zero, bad = eye.clone(), eye.clone()
+    zero[2] = 0
+    bad[0, 0, 1] = float("inf")
+    for arguments, message in [
+        ((zero,), r"h must be of positive mean diagonal, got \[0.0\] in batch entry 2"),
+        ((bad,), "h must be finite, got NaN or infinity in batch entry 0"),
+        ((eye.half(),), "cholesky_inverse: h must be float32 or float64"),
+        ((eye[:, :2],), "cholesky_inverse: h must be square"),
+        ((eye[0, 0],), "cholesky_inverse: h must be a tensor of 2 or 3 dimensions"),
+        ((eye, -0.1), "damping must be finite and at least 0, got -0.1"),
+        ((eye, 1.0, 0.5), r"max_damping must be finite and at least damping \(1.0\), got 0.5"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            mk.cholesky_inverse(*arguments)
+
+
+def test_opcheck(device, make_layer):
+    h = make_layer(2, 1, 6)[1].to(device)
+    torch.library.opcheck(torch.ops.mosaic_kernels.cholesky_inverse.default, (h, 0.01, 10.0))
