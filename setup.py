@@ -193,4 +193,5 @@ def extensions() -> list[Extension]:
     ]
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})
+if __name__ == "__main__":  # the tests read the functions above
+    setup(ext_modules=extensions(), cmdclass={"build_ext": BuildExtension})
