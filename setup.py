@@ -22,7 +22,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 MODES = ("auto", "cpu", "cuda", "none")
-DEFAULT_ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
+DEFAULT_ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0 12.0"
 CPU_FLAGS = ["-std=c++17", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-g0"]
 CUDA_FLAGS = ["-std=c++17", "-O3", "--Werror=all-warnings", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 
@@ -49,7 +49,11 @@ def supported_architectures(nvcc: str) -> set[str]:
 
 
 def architectures(nvcc: str) -> list[tuple[str, bool]]:
-    """Return (architecture, with PTX) pairs from TORCH_CUDA_ARCH_LIST or the default list."""
+    """Return (architecture, with PTX) pairs from TORCH_CUDA_ARCH_LIST or the default list.
+
+    PTX goes with the newest architecture of the default list that this nvcc knows: later chips
+    run that.
+    """
     requested = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     known = supported_architectures(nvcc)
     chosen = []
@@ -73,6 +77,8 @@ def architectures(nvcc: str) -> list[tuple[str, bool]]:
             f"setup.py: none of {DEFAULT_ARCHITECTURES} is known to {nvcc}. Set "
             "TORCH_CUDA_ARCH_LIST, or MOSAIC_BUILD=cpu."
         )
+    if not requested:
+        chosen[-1] = (chosen[-1][0], True)
     return chosen
 
 

@@ -24,8 +24,7 @@
 namespace mosaic {
 namespace {
 
-constexpr std::int64_t kTileColumns = 256;    // a tile of U and V of 64 rows is 128 KiB of floats
-constexpr std::int64_t kColumnsPerThread = 512;  // below it a barrier costs more than it shares
+constexpr std::int64_t kTileColumns = 256;  // a tile of U and V of 64 rows is 128 KiB of floats
 
 // The best group of one thread's columns, with copies of its diagonal blocks: others read the
 // copies while the owner goes on.
@@ -354,8 +353,7 @@ void prune_panel(const Panel<T>& first, std::int64_t batch, int threads) {
     for (std::int64_t b = 0; b < batch; ++b) run_matrix(entry(b), 1);
     return;
   }
-  const std::int64_t useful = std::min(groups, std::max<std::int64_t>(1, n / kColumnsPerThread));
-  run_matrix(entry(0), static_cast<int>(std::min<std::int64_t>(threads, useful)));
+  run_matrix(entry(0), static_cast<int>(std::min<std::int64_t>(threads, groups)));
 }
 
 template void prune_panel<float>(const Panel<float>&, std::int64_t, int);

@@ -61,7 +61,7 @@ def test_nvcc_is_found_in_cuda_home(build, monkeypatch, tmp_path):
 def test_architectures(build, monkeypatch):
     known = {"80", "86", "89", "90"}
     monkeypatch.setattr(build, "supported_architectures", lambda nvcc: known)
-    chosen = [("80", False), ("86", False), ("89", False), ("90", False)]
+    chosen = [("80", False), ("86", False), ("89", False), ("90", True)]
     assert build.architectures("nvcc") == chosen  # what this nvcc does not know is left out
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0a+PTX")
     assert build.architectures("nvcc") == [("80", False), ("90a", True)]
