@@ -63,7 +63,10 @@ def make_transformer() -> DiTTransformer2DModel:
 
 def make_scheduler() -> DDIMScheduler:
     return DDIMScheduler(
-        beta_schedule="linear", beta_start=1e-4, beta_end=0.02, clip_sample=False,
+        beta_schedule="linear",
+        beta_start=1e-4,
+        beta_end=0.02,
+        clip_sample=False,
         set_alpha_to_one=True,
     )
 
@@ -247,7 +250,9 @@ def write_pipeline() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parts = ("classifier", "vae", "transformer")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
     parser.add_argument("--classifier-steps", type=int, default=1500)

@@ -96,9 +96,7 @@ def _round_layers(
     scale = (total + debt) / total if total > 0 else 0.0
     target = total * scale
     steps = {i: _levels(layers[i].groups, unit) for i in chosen}
-    exact = {
-        i: min(layers[i].groups, max(0.0, wanted[i] * scale / layers[i].cost)) for i in chosen
-    }
+    exact = {i: min(layers[i].groups, max(0.0, wanted[i] * scale / layers[i].cost)) for i in chosen}
     for i in chosen:
         counts[i] = max(level for level in steps[i] if level <= exact[i] + 1e-9)
     spent = sum(counts[i] * layers[i].cost for i in chosen)

@@ -205,7 +205,9 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"PruneConfig: {path} must be a JSON object: {error}.") from None
     if not isinstance(values, dict):
-        raise ValueError(f"PruneConfig: {path} must hold a JSON object, got {type(values).__name__}.")
+        raise ValueError(
+            f"PruneConfig: {path} must hold a JSON object, got {type(values).__name__}."
+        )
     return values
 
 

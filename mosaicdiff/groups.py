@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+#: A diffusers denoiser: an nn.Module with a `config` and children that nn.Module's types hide.
+Denoiser = Any
 
 
 @dataclass(frozen=True)

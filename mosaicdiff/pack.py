@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from .groups import PrunableLayer
+from .groups import Denoiser, PrunableLayer
 
 #: Tensors of one layer of one stage by their names in the dense denoiser.
 Parts = dict[str, torch.Tensor]
@@ -58,10 +58,10 @@ class StageBuilder:
     """
 
     def __init__(self, dense: nn.Module) -> None:
-        self.root = shallow_clone(dense)
+        self.root: Denoiser = shallow_clone(dense)
         self._cloned: dict[str, nn.Module] = {"": self.root}
 
-    def own(self, name: str) -> nn.Module:
+    def own(self, name: str) -> Denoiser:
         """Return the stage's own clone of the named module, made at need."""
         if name not in self._cloned:
             parent, _, leaf = name.rpartition(".")
@@ -78,7 +78,7 @@ class StageBuilder:
         self._cloned[name] = module
 
 
-def dense_parts(denoiser: nn.Module, layer: PrunableLayer) -> Parts:
+def dense_parts(denoiser: Denoiser, layer: PrunableLayer) -> Parts:
     """Collect a layer's tensors from the dense denoiser (biases where there are any)."""
     parts: Parts = {}
     for linear in (*layer.writers, layer.reader):

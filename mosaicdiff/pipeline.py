@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import nn
 
 from .adapters import Adapter, adapter_for
 from .calibrate import Batch, CalibrationSet, collect_statistics
 from .checkpoint import storage_of
 from .config import PruneConfig
+from .groups import Denoiser
 from .pack import Parts, dense_parts, narrow_parts
 from .planning import PrunePlan, make_plan
 from .report import LayerReport, PruneReport, StageReport
@@ -42,7 +42,7 @@ class PruneResult:
 class _Job:
     """A checked request: everything that can be refused has been looked at."""
 
-    denoiser: nn.Module
+    denoiser: Denoiser
     adapter: Adapter
     scheduler: Any
     data: CalibrationSet
@@ -53,7 +53,7 @@ class _Job:
 
 
 def plan(
-    model: DiffusionPipeline | nn.Module,
+    model: DiffusionPipeline | Denoiser,
     config: PruneConfig | None = None,
     *,
     scheduler: Any = None,
@@ -67,7 +67,7 @@ def plan(
 
 
 def prune(
-    model: DiffusionPipeline | nn.Module,
+    model: DiffusionPipeline | Denoiser,
     config: PruneConfig | None = None,
     *,
     scheduler: Any = None,
@@ -97,7 +97,10 @@ def prune(
     job = _prepare(model, config or PruneConfig(), scheduler, calibration)
     tell = progress or (lambda what, done, total: None)
     solutions = _solve_stages(job, tell)
-    staged = _assemble(job, solutions)
+    # A bare denoiser stays the caller's own: the stages get tensors of theirs.
+    base = job.denoiser if job.pipeline is not None else copy.deepcopy(job.denoiser)
+    staged = _assemble(base, job.adapter, job.plan, job.config, solutions)
+    staged.info.source = source_name(job.pipeline)
     report = _make_report(job, staged, solutions, time.perf_counter() - started)
     staged.info.report = report.to_dict()
     if job.pipeline is None or job.component is None:
@@ -107,7 +110,7 @@ def prune(
 
 
 def _prepare(
-    model: DiffusionPipeline | nn.Module,
+    model: DiffusionPipeline | Denoiser,
     config: PruneConfig,
     scheduler: Any,
     calibration: str | Path | Iterable[Batch] | None,
@@ -129,7 +132,9 @@ def _prepare(
         )
     layers = adapter.layers(denoiser)
     NoiseSchedule.from_scheduler(scheduler)
-    make_plan(layers, scheduler, config)  # refuses what no calibration could save, before reading it
+    make_plan(
+        layers, scheduler, config
+    )  # refuses what no calibration could save, before reading it
     if calibration is None or isinstance(calibration, (str, Path)):
         if pipeline is None:
             raise ValueError(
@@ -155,7 +160,9 @@ def _solve_stages(job: _Job, tell: Progress) -> list[dict[str, LayerSolution]]:
         for k in busy:
             stage = job.plan.division.stages[k]
             chosen = [
-                (layer, n) for layer, n in zip(job.plan.layers, job.plan.removed[k], strict=True) if n
+                (layer, n)
+                for layer, n in zip(job.plan.layers, job.plan.removed[k], strict=True)
+                if n
             ]
 
             def advance(rows: int, name: str = stage.name) -> None:
@@ -164,8 +171,14 @@ def _solve_stages(job: _Job, tell: Progress) -> list[dict[str, LayerSolution]]:
                 tell(f"calibrate {name}", done, total)
 
             bank = collect_statistics(
-                job.denoiser, job.adapter, [layer for layer, _ in chosen], stage, schedule,
-                job.data, job.config, advance,
+                job.denoiser,
+                job.adapter,
+                [layer for layer, _ in chosen],
+                stage,
+                schedule,
+                job.data,
+                job.config,
+                advance,
             )
             tell(f"prune {stage.name}", done, total)
             problems = []
@@ -177,7 +190,10 @@ def _solve_stages(job: _Job, tell: Progress) -> list[dict[str, LayerSolution]]:
                     LayerProblem(layer, reader.weight.detach(), bias, statistics, remove)
                 )
             solved = solve_layers(
-                problems, job.config.criterion, job.config.compensation, job.config.damping,
+                problems,
+                job.config.criterion,
+                job.config.compensation,
+                job.config.damping,
                 generator,
             )
             solutions[k] = {
@@ -188,31 +204,61 @@ def _solve_stages(job: _Job, tell: Progress) -> list[dict[str, LayerSolution]]:
     return solutions
 
 
-def _assemble(job: _Job, solutions: list[dict[str, LayerSolution]]) -> StagedDenoiser:
-    layers = {layer.name: layer for layer in job.plan.layers}
+def cut(denoiser: Denoiser, config: PruneConfig, *, scheduler: Any) -> StagedDenoiser:
+    """Remove the last groups of every layer as a configuration plans it, with no calibration.
+
+    For timing: the shapes are those of `prune`, the weights mean nothing. The stages share the
+    denoiser's own modules.
+    """
+    adapter = adapter_for(denoiser)
+    layers = adapter.layers(denoiser)
+    cut_plan = make_plan(layers, scheduler, config)
+    solutions: list[dict[str, LayerSolution]] = []
+    for removed in cut_plan.removed:
+        solved = {}
+        for layer, count in zip(layers, removed, strict=True):
+            if count:
+                kept = torch.arange(layer.groups - count)
+                parts = narrow_parts(dense_parts(denoiser, layer), layer, kept)
+                solved[layer.name] = LayerSolution(
+                    kept,
+                    parts[f"{layer.reader}.weight"],
+                    parts.get(f"{layer.reader}.bias"),
+                    float("nan"),
+                    0.0,
+                )
+        solutions.append(solved)
+    return _assemble(denoiser, adapter, cut_plan, config, solutions)
+
+
+def _assemble(
+    base: Denoiser,
+    adapter: Adapter,
+    final: PrunePlan,
+    config: PruneConfig,
+    solutions: list[dict[str, LayerSolution]],
+) -> StagedDenoiser:
+    layers = {layer.name: layer for layer in final.layers}
     states = []
     for solved in solutions:
         state = {}
         for name, solution in solved.items():
             layer = layers[name]
-            parts: Parts = narrow_parts(dense_parts(job.denoiser, layer), layer, solution.kept)
+            parts: Parts = narrow_parts(dense_parts(base, layer), layer, solution.kept)
             parts[f"{layer.reader}.weight"] = solution.weight
             if solution.bias is not None:
                 parts[f"{layer.reader}.bias"] = solution.bias
             state[name] = LayerState(solution.kept, parts)
         states.append(state)
     info = StageInfo(
-        base_class=job.adapter.denoiser_class,
-        base_config={k: v for k, v in job.denoiser.config.items() if not k.startswith("_")},
-        division=job.plan.division,
-        layers=job.plan.layers,
+        base_class=adapter.denoiser_class,
+        base_config={k: v for k, v in base.config.items() if not k.startswith("_")},
+        division=final.division,
+        layers=final.layers,
         kept=[{name: s.kept for name, s in solved.items()} for solved in solutions],
-        steps=list(job.plan.steps),
-        prune_config=job.config.to_dict(),
-        source=source_name(job.pipeline),
+        steps=list(final.steps),
+        prune_config=config.to_dict(),
     )
-    # A bare denoiser stays the caller's own: the stages get tensors of theirs.
-    base = job.denoiser if job.pipeline is not None else copy.deepcopy(job.denoiser)
     return StagedDenoiser.assemble(base, info, states)
 
 
@@ -234,8 +280,14 @@ def _make_report(
             rows.append(LayerReport(layer.name, layer.kind, layer.groups, kept, error, damping))
         stages.append(
             StageReport(
-                stage.name, stage.first, stage.last, job.plan.steps[k],
-                job.plan.stage_sparsity(k), macs.linear, macs.total, rows,
+                stage.name,
+                stage.first,
+                stage.last,
+                job.plan.steps[k],
+                job.plan.stage_sparsity(k),
+                macs.linear,
+                macs.total,
+                rows,
             )
         )
     stored = [t for name, t in storage_of(staged)[0].items() if not name.startswith("kept.")]

@@ -77,8 +77,11 @@ def make_plan(
     steps = division.count_steps(visited)
     shares = _stage_shares(schedule, division, visited, steps, config, power)
     removed = tuple(
-        tuple(layer_counts(layers, _layer_shares(layers, share, k, len(division), config),
-                           config.round_to))
+        tuple(
+            layer_counts(
+                layers, _layer_shares(layers, share, k, len(division), config), config.round_to
+            )
+        )
         for k, share in enumerate(shares)
     )
     return PrunePlan(division, tuple(steps), tuple(shares), tuple(layers), removed)
@@ -90,9 +93,7 @@ def make_division(schedule: NoiseSchedule, config: PruneConfig, power: float) ->
         return Division.at_timesteps(schedule, config.boundaries)
     if config.stages == 1:
         return Division.at_timesteps(schedule, ())
-    return divide(
-        schedule, power=power, threshold=config.threshold, snr_weight=config.snr_weight
-    )
+    return divide(schedule, power=power, threshold=config.threshold, snr_weight=config.snr_weight)
 
 
 def step_scores(

@@ -100,9 +100,7 @@ class StagedDenoiser(ModelMixin, ConfigMixin):
         name, position = self.adapter.timestep_argument
         timestep = kwargs.get(name, args[position] if len(args) > position else None)
         if timestep is None:
-            raise ValueError(
-                f"StagedDenoiser: {name} must be given, got None. It tells the stage."
-            )
+            raise ValueError(f"StagedDenoiser: {name} must be given, got None. It tells the stage.")
         return self._clock.stage_of_call(timestep)
 
     def attach(self, scheduler: Any) -> None:

@@ -116,9 +116,7 @@ def _removal_orders(
     return orders, used.tolist()
 
 
-def _saliency(
-    problem: LayerProblem, criterion: str, generator: torch.Generator
-) -> torch.Tensor:
+def _saliency(problem: LayerProblem, criterion: str, generator: torch.Generator) -> torch.Tensor:
     """Return what the baselines think each group is worth, (groups,).
 
     magnitude: sum |w|. wanda: sum |w| * ||x_j||_2 (arXiv 2306.11695), summed over the group.

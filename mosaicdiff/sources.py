@@ -14,6 +14,7 @@ from torch import nn
 
 from . import digits
 from .calibrate import Batch
+from .groups import Denoiser
 
 #: Name of the embedded model, wherever a model is asked for.
 DIGITS = "digits"
@@ -53,7 +54,7 @@ def load_pipeline(
     return pipe.to(device)
 
 
-def find_denoiser(pipe: DiffusionPipeline) -> tuple[str, nn.Module]:
+def find_denoiser(pipe: DiffusionPipeline) -> tuple[str, Denoiser]:
     """Return the component name and module of a pipeline's denoiser.
 
     Raises:
@@ -105,9 +106,7 @@ def load_calibration(source: str | Path | None, pipe: DiffusionPipeline) -> list
     if not path.is_file():
         raise ValueError(f"calibration: {path} must be a folder or a file, but there is none.")
     if path.suffix not in (".npz", ".safetensors"):
-        raise ValueError(
-            f"calibration: {path} must be a folder, a .npz or a .safetensors file."
-        )
+        raise ValueError(f"calibration: {path} must be a folder, a .npz or a .safetensors file.")
     return [_latent_file(path)]
 
 
@@ -126,13 +125,13 @@ def _latent_file(path: Path) -> Batch:
         )
     labels = held["labels"]
     if labels.is_floating_point():
-        raise ValueError(f"calibration: labels in {path} must be whole numbers, got {labels.dtype}.")
+        raise ValueError(
+            f"calibration: labels in {path} must be whole numbers, got {labels.dtype}."
+        )
     return held["latents"].float(), {"class_labels": labels.long()}
 
 
-def _encode(
-    pipe: DiffusionPipeline, images: torch.Tensor, labels: torch.Tensor
-) -> Iterator[Batch]:
+def _encode(pipe: DiffusionPipeline, images: torch.Tensor, labels: torch.Tensor) -> Iterator[Batch]:
     """Encode images (N, C, H, W) in [-1, 1] into the latents that the denoiser sees."""
     vae = pipe.vae
     parameter = next(vae.parameters())
@@ -184,8 +183,11 @@ def _read_image(pipe: DiffusionPipeline, path: Path) -> torch.Tensor:
     size = denoiser.config.sample_size * 2 ** (len(config.block_out_channels) - 1)
     try:
         with Image.open(path) as image:
-            fitted = ImageOps.fit(image.convert("L" if config.in_channels == 1 else "RGB"),
-                                  (size, size), Image.Resampling.BICUBIC)
+            fitted = ImageOps.fit(
+                image.convert("L" if config.in_channels == 1 else "RGB"),
+                (size, size),
+                Image.Resampling.BICUBIC,
+            )
     except (UnidentifiedImageError, OSError) as error:
         raise ValueError(f"calibration: {path} could not be read as an image: {error}") from None
     pixels: Any = np.asarray(fitted, dtype=np.float32)

@@ -6,9 +6,8 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
-from torch import nn
 
-from ..groups import Macs, PrunableLayer
+from ..groups import Denoiser, Macs, PrunableLayer
 from ..pack import Parts, StageBuilder
 
 
@@ -21,15 +20,15 @@ class Adapter(ABC):
     timestep_argument: tuple[str, int]
 
     @abstractmethod
-    def empty(self, config: dict[str, Any]) -> nn.Module:
+    def empty(self, config: dict[str, Any]) -> Denoiser:
         """Make the dense denoiser with its parameters on the meta device (buffers are real)."""
 
     @abstractmethod
-    def check(self, denoiser: nn.Module) -> None:
+    def check(self, denoiser: Denoiser) -> None:
         """Raise ValueError where the denoiser is in a state that cannot be pruned exactly."""
 
     @abstractmethod
-    def layers(self, denoiser: nn.Module) -> tuple[PrunableLayer, ...]:
+    def layers(self, denoiser: Denoiser) -> tuple[PrunableLayer, ...]:
         """List what may be removed, in network order."""
 
     @abstractmethod
@@ -39,31 +38,31 @@ class Adapter(ABC):
         """Put the smaller layer made of `parts`, `groups` groups wide, into a stage."""
 
     @abstractmethod
-    def parts(self, stage: nn.Module, layer: PrunableLayer) -> Parts:
+    def parts(self, stage: Denoiser, layer: PrunableLayer) -> Parts:
         """Collect a layer's tensors from a stage; the inverse of `replace`."""
 
     @abstractmethod
-    def latent_shape(self, denoiser: nn.Module) -> tuple[int, int, int]:
+    def latent_shape(self, denoiser: Denoiser) -> tuple[int, int, int]:
         """Return (channels, height, width) of the latents the denoiser was made for."""
 
     @abstractmethod
     def check_inputs(
-        self, denoiser: nn.Module, latents: torch.Tensor, inputs: dict[str, Any]
+        self, denoiser: Denoiser, latents: torch.Tensor, inputs: dict[str, Any]
     ) -> None:
         """Raise ValueError where a calibration batch does not fit the denoiser."""
 
     @abstractmethod
     def null_inputs(
-        self, denoiser: nn.Module, inputs: dict[str, Any], rows: torch.Tensor
+        self, denoiser: Denoiser, inputs: dict[str, Any], rows: torch.Tensor
     ) -> dict[str, Any]:
         """Return the inputs with the null condition in the rows where `rows` is true."""
 
     @abstractmethod
     def example_inputs(
-        self, denoiser: nn.Module, batch_size: int, device: torch.device
+        self, denoiser: Denoiser, batch_size: int, device: torch.device
     ) -> dict[str, Any]:
         """Make condition inputs of the right shapes, for timing."""
 
     @abstractmethod
-    def macs(self, denoiser: nn.Module) -> Macs:
+    def macs(self, denoiser: Denoiser) -> Macs:
         """Count the MACs of one call for one sample, dense or pruned."""

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..groups import Macs, PrunableLayer
+from ..groups import Denoiser, Macs, PrunableLayer
 from ..pack import BiasOnly, Parts, StageBuilder, dense_parts, make_linear
 from .base import Adapter
 
@@ -18,14 +18,14 @@ class DiTAdapter(Adapter):
     denoiser_class = "DiTTransformer2DModel"
     timestep_argument = ("timestep", 1)
 
-    def empty(self, config: dict[str, Any]) -> nn.Module:
+    def empty(self, config: dict[str, Any]) -> Denoiser:
         from accelerate import init_empty_weights
         from diffusers import DiTTransformer2DModel
 
         with init_empty_weights(include_buffers=False):
             return DiTTransformer2DModel.from_config(config)
 
-    def check(self, denoiser: nn.Module) -> None:
+    def check(self, denoiser: Denoiser) -> None:
         for name, module in denoiser.named_modules():
             if getattr(module, "fused_projections", False):
                 raise ValueError(
@@ -47,7 +47,7 @@ class DiTAdapter(Adapter):
                     )
             _check_width(denoiser, layer)
 
-    def layers(self, denoiser: nn.Module) -> tuple[PrunableLayer, ...]:
+    def layers(self, denoiser: Denoiser) -> tuple[PrunableLayer, ...]:
         tokens = _tokens(denoiser)
         found = []
         for index, block in enumerate(denoiser.transformer_blocks):
@@ -96,18 +96,18 @@ class DiTAdapter(Adapter):
             attention.inner_dim = attention.inner_kv_dim = groups * layer.width
         _check_width(builder.root, layer)
 
-    def parts(self, stage: nn.Module, layer: PrunableLayer) -> Parts:
+    def parts(self, stage: Denoiser, layer: PrunableLayer) -> Parts:
         module = stage.get_submodule(layer.name)
         if isinstance(module, BiasOnly):
             return {} if module.bias is None else {f"{layer.reader}.bias": module.bias.detach()}
         return dense_parts(stage, layer)
 
-    def latent_shape(self, denoiser: nn.Module) -> tuple[int, int, int]:
+    def latent_shape(self, denoiser: Denoiser) -> tuple[int, int, int]:
         config = denoiser.config
         return config.in_channels, config.sample_size, config.sample_size
 
     def check_inputs(
-        self, denoiser: nn.Module, latents: torch.Tensor, inputs: dict[str, Any]
+        self, denoiser: Denoiser, latents: torch.Tensor, inputs: dict[str, Any]
     ) -> None:
         expected = self.latent_shape(denoiser)
         if latents.ndim != 4 or tuple(latents.shape[1:]) != expected:
@@ -134,18 +134,18 @@ class DiTAdapter(Adapter):
             )
 
     def null_inputs(
-        self, denoiser: nn.Module, inputs: dict[str, Any], rows: torch.Tensor
+        self, denoiser: Denoiser, inputs: dict[str, Any], rows: torch.Tensor
     ) -> dict[str, Any]:
         labels = inputs["class_labels"]
         null = torch.full_like(labels, denoiser.config.num_embeds_ada_norm)
         return inputs | {"class_labels": torch.where(rows, null, labels)}
 
     def example_inputs(
-        self, denoiser: nn.Module, batch_size: int, device: torch.device
+        self, denoiser: Denoiser, batch_size: int, device: torch.device
     ) -> dict[str, Any]:
         return {"class_labels": torch.zeros(batch_size, dtype=torch.long, device=device)}
 
-    def macs(self, denoiser: nn.Module) -> Macs:
+    def macs(self, denoiser: Denoiser) -> Macs:
         tokens = _tokens(denoiser)
         patch = denoiser.pos_embed.proj.weight.numel()
         linear = tokens * (patch + _weights(denoiser.proj_out_2)) + _weights(denoiser.proj_out_1)
@@ -159,7 +159,7 @@ class DiTAdapter(Adapter):
         return Macs(linear, products)
 
 
-def _tokens(denoiser: nn.Module) -> int:
+def _tokens(denoiser: Denoiser) -> int:
     return (denoiser.config.sample_size // denoiser.config.patch_size) ** 2
 
 
@@ -167,7 +167,7 @@ def _weights(module: nn.Module) -> int:
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
 
 
-def _check_width(denoiser: nn.Module, layer: PrunableLayer) -> None:
+def _check_width(denoiser: Denoiser, layer: PrunableLayer) -> None:
     """Hold `heads` to the projections: diffusers derives the head width from both, silently."""
     if layer.kind != "heads":
         return

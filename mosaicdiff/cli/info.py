@@ -1,0 +1,50 @@
+"""`mosaicdiff info`: what a pruned folder holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from .common import console, examples, guarded, human_bytes, human_count, json_option, print_json
+
+
+@click.command(epilog=examples("mosaicdiff info out/digits-30", "mosaicdiff info out/dit --json"))
+@click.argument("folder", type=click.Path(path_type=Path))
+@json_option
+@guarded
+def info(folder: Path, as_json: bool) -> None:
+    """Print the stages and layers of a pruned pipeline or denoiser FOLDER; loads no weights."""
+    import json
+
+    from ..checkpoint import REPORT, read_config
+    from ..report import report_from_dict
+
+    if not folder.is_dir():
+        raise ValueError(f"info: {folder} must be a folder, but there is none.")
+    inner = [folder / name for name in ("transformer", "unet") if (folder / name).is_dir()]
+    place = inner[0] if inner else folder
+    config = read_config(place)
+    file = place / REPORT
+    report = json.loads(file.read_text()) if file.is_file() else None
+    if as_json:
+        print_json({"config": config, "report": report})
+        return
+    out = console()
+    out.print(
+        f"{place}: {config['base']['class']} in {len(config['stages'])} stages, "
+        f"pruned from {config['source'] or 'an unnamed model'}, format {config['format_version']}",
+        highlight=False,
+    )
+    if report is None:
+        out.print("no report.json: it was saved without one", highlight=False)
+        return
+    values = report_from_dict(report)
+    out.print(values.stage_table(), values.layer_table())
+    out.print(
+        f"sparsity {values.sparsity:.2%}; MACs a call "
+        f"{human_count(values.macs_dense_with_attention)} -> "
+        f"{human_count(values.macs_with_attention)}; {human_bytes(values.bytes_dense)} -> "
+        f"{human_bytes(values.bytes)} on disk, {human_bytes(values.resident_bytes)} loaded",
+        highlight=False,
+    )

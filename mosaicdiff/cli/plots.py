@@ -1,0 +1,112 @@
+"""Figures and picture grids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..calibrate import add_noise
+from ..schedule import NoiseSchedule
+from ..stages import Division
+
+_COLOURS = ("#4C72B0", "#DD8452", "#55A868", "#8172B3")
+_FORMATS = {".png", ".svg", ".pdf", ".jpg"}
+
+
+def check_plot_file(path: Path) -> None:
+    """Refuse a file that could not be drawn.
+
+    Raises:
+        ValueError: its ending is unknown, or its folder is missing.
+    """
+    if path.suffix.lower() not in _FORMATS:
+        raise ValueError(f"--plot must end in {', '.join(sorted(_FORMATS))}, got {path}.")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"--plot must lie in a folder that exists, got {path}.")
+
+
+def measured_mse(
+    schedule: NoiseSchedule, latents: torch.Tensor, points: int = 40, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Noise real latents and return (timesteps, mean of (x_t - x_0)^2) at some timesteps."""
+    generator = torch.Generator().manual_seed(seed)
+    timesteps = np.linspace(0, len(schedule) - 1, points).round().astype(int)
+    errors = []
+    for t in timesteps:
+        noise = torch.randn(latents.shape, generator=generator)
+        noisy = add_noise(schedule, latents, noise, torch.full((len(latents),), int(t)))
+        errors.append(float((noisy - latents).double().square().mean()))
+    return timesteps, np.asarray(errors)
+
+
+def draw_stages(
+    path: Path,
+    schedule: NoiseSchedule,
+    division: Division,
+    power: float,
+    threshold: float,
+    snr_weight: float,
+    measured: tuple[np.ndarray, np.ndarray] | None,
+) -> None:
+    """Draw MSE, gradient, SNR term, score, threshold and stages over the train timesteps."""
+    from matplotlib.figure import Figure
+
+    t = np.arange(1, len(schedule) + 1)
+    score = schedule.score(power, snr_weight)
+    gradient = schedule.expected_gradient(power)
+    figure = Figure(figsize=(8, 6.5), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    top.plot(t, schedule.expected_mse(power), color="black", label="E[MSE(t)] predicted")
+    if measured is not None:
+        top.plot(measured[0] + 1, measured[1], "o", ms=4, color="#C44E52", label="measured")
+    top.set_ylabel("MSE of x_t to x_0")
+    bottom.plot(t, gradient / gradient.max(), color="#937860", label="E[Grad] / max")
+    if snr_weight > 0:
+        bottom.plot(t, snr_weight * schedule.log_snr, color="#64B5CD", label="lambda ln SNR")
+    bottom.plot(t, score, color="black", label="score")
+    bottom.axhline(threshold * score.max(), color="grey", ls="--", label="M max score")
+    bottom.set_ylabel("score")
+    bottom.set_xlabel("train timestep t (1 = cleanest)")
+    for axis in (top, bottom):
+        for index, stage in enumerate(division.stages):
+            axis.axvspan(
+                stage.first + 1,
+                stage.last + 1,
+                alpha=0.15,
+                lw=0,
+                color=_COLOURS[index % len(_COLOURS)],
+                label=f"{stage.name} {stage.first + 1}..{stage.last + 1}" if axis is top else None,
+            )
+        axis.legend(fontsize=8)
+    top.set_title("Stages of the trajectory: noisy on the right")
+    figure.savefig(path, dpi=130)
+
+
+def picture_grid(images: torch.Tensor, columns: int, scale: int = 2) -> np.ndarray:
+    """Tile images (N, C, H, W) in [-1, 1] into one uint8 array (H', W', C), enlarged."""
+    tiles = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    tiles = tiles.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    count, channels, height, width = tiles.shape
+    rows = -(-count // columns)
+    sheet = torch.zeros(rows * columns, channels, height, width, dtype=torch.uint8)
+    sheet[:count] = tiles
+    sheet = sheet.reshape(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
+    return sheet.reshape(rows * height, columns * width, channels).numpy()
+
+
+def write_comparison_grid(
+    path: Path, images: dict[str, torch.Tensor], titles: dict[str, str], columns: int = 10
+) -> None:
+    """Draw grids of pictures side by side, one for each model."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * len(images), 5.4), layout="constrained")
+    axes = figure.subplots(1, len(images), squeeze=False)[0]
+    for axis, (name, sheet) in zip(axes, images.items(), strict=True):
+        grid = picture_grid(sheet[: columns * columns], columns)
+        axis.imshow(grid.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axis.set_title(titles[name], fontsize=10)
+        axis.axis("off")
+    figure.savefig(path, dpi=110)
