@@ -82,6 +82,16 @@ def architectures(nvcc: str) -> list[tuple[str, bool]]:
     return chosen
 
 
+def cuda_library_dirs(nvcc: str) -> list[str]:
+    """Return where the CUDA runtime is; nvcc may be a wrapper far from its toolkit."""
+    command = [nvcc, "--dryrun", "-c", cuda_sources()[0]]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    top = Path(re.search(r"^#\$ TOP=(.*)$", listing.stderr, re.MULTILINE)[1])
+    found = [path.parent for path in top.glob("lib*/libcudart_static.a")]
+    found += [path.parent for path in top.glob("targets/*/lib/libcudart_static.a")]
+    return [str(path) for path in found]
+
+
 def generate_code(chosen: list[tuple[str, bool]]) -> list[str]:
     flags = []
     for arch, ptx in chosen:
@@ -106,8 +116,6 @@ def plan_cuda(mode: str) -> tuple[str | None, str]:
             "setup.py: MOSAIC_BUILD=cuda needs nvcc, and none was found in CUDA_HOME or PATH. "
             "Install the CUDA toolkit, or use MOSAIC_BUILD=auto or cpu."
         )
-    if not cuda_sources():
-        return None, "no CUDA: this version has no CUDA C++ sources (its GPU kernels are Triton's)"
     if mode == "cpu":
         return None, "no CUDA: MOSAIC_BUILD=cpu; use MOSAIC_BUILD=auto to add it"
     if nvcc is None:
@@ -131,6 +139,10 @@ def has_openmp(compiler: str) -> bool:
 
 class BuildExtension(build_ext):
     """Compiles the C++ pieces with OpenMP and, where there is an nvcc, the CUDA ones."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.force = True  # what is built depends on the environment, which has no timestamp
 
     def build_extension(self, ext: Extension) -> None:
         compiler = self.find_compiler()
@@ -169,18 +181,19 @@ class BuildExtension(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         for source in cuda_sources():
             target = str(folder / (Path(source).stem + ".cuda.o"))
-            command = [nvcc, "-c", source, "-o", target, "-Icsrc", *CUDA_FLAGS]
+            host = ["-ccbin", self.find_compiler()]
+            command = [nvcc, "-c", source, "-o", target, "-Icsrc", *host, *CUDA_FLAGS]
             self.spawn([*command, *generate_code(chosen)])
             ext.extra_objects.append(target)
         ext.define_macros.append(("MOSAIC_WITH_CUDA", "1"))
-        ext.include_dirs.append(str(Path(nvcc).resolve().parent.parent / "include"))
-        library_dirs = [Path(nvcc).resolve().parent.parent / name for name in ("lib64", "lib")]
-        ext.library_dirs += [str(path) for path in library_dirs if path.is_dir()]
-        ext.libraries.append("cudart_static")
+        ext.library_dirs += cuda_library_dirs(nvcc)
+        ext.libraries += ["cudart_static", "dl", "pthread", "rt"]
 
 
 def extensions() -> list[Extension]:
     if build_mode() == "none":
+        for stale in ROOT.glob("mosaic_kernels/_C*.so"):
+            print(f"mosaic_kernels: {stale} of an earlier build is still used; delete it")
         return []
     if build_mode() == "cuda":
         plan_cuda("cuda")  # fails here, before anything is compiled

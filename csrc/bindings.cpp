@@ -1,13 +1,18 @@
 // The Python module mosaic_kernels._C: addresses, sizes and strides in, nothing else. Tensors,
 // shapes and types are checked by the Python functions that call it.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 
 #include "checks.h"
 #include "cpu/cholesky.h"
 #include "cpu/hessian.h"
 #include "cpu/prune.h"
+#ifdef MOSAIC_WITH_CUDA
+#include "cuda/prune.h"
+#endif
 
 namespace py = pybind11;
 using mosaic::pointer;
@@ -39,27 +44,52 @@ void invert_factor(Address blocks, std::int64_t batch, std::int64_t width,
   mosaic::invert_factor(first, batch, width, batch_stride, ld, flags, threads);
 }
 
+// The nine arrays of a panel, in the order of mosaic::Panel.
+using PanelArrays = std::array<Address, 9>;
+
 template <class T>
-void prune_panel(Address inverse, Address gram, Address inverse_blocks, Address gram_blocks,
-                 Address alive, Address u, Address v, Address picked, Address losses,
-                 std::int64_t batch, std::int64_t n, std::int64_t group_size,
-                 std::int64_t pivots, int threads) {
-  const char* name = "prune_panel";
-  const mosaic::Panel<T> panel{pointer<const T>(inverse, name, "inverse"),
-                               pointer<const T>(gram, name, "gram"),
-                               pointer<T>(inverse_blocks, name, "inverse_blocks"),
-                               pointer<T>(gram_blocks, name, "gram_blocks"),
-                               pointer<std::uint8_t>(alive, name, "alive"),
-                               pointer<T>(u, name, "u"),
-                               pointer<T>(v, name, "v"),
-                               pointer<std::int64_t>(picked, name, "picked"),
-                               pointer<T>(losses, name, "losses"),
-                               n,
-                               group_size,
-                               pivots};
+mosaic::Panel<T> make_panel(const char* name, const PanelArrays& arrays, std::int64_t n,
+                            std::int64_t group_size, std::int64_t pivots) {
+  return {pointer<const T>(arrays[0], name, "inverse"),
+          pointer<const T>(arrays[1], name, "gram"),
+          pointer<T>(arrays[2], name, "inverse_blocks"),
+          pointer<T>(arrays[3], name, "gram_blocks"),
+          pointer<std::uint8_t>(arrays[4], name, "alive"),
+          pointer<T>(arrays[5], name, "u"),
+          pointer<T>(arrays[6], name, "v"),
+          pointer<std::int64_t>(arrays[7], name, "picked"),
+          pointer<T>(arrays[8], name, "losses"),
+          n,
+          group_size,
+          pivots};
+}
+
+void check_panel(const char* name, std::int64_t batch, std::int64_t n, std::int64_t group_size,
+                 std::int64_t pivots) {
+  require(batch >= 1, name, "batch", "at least 1", batch);
+  require(group_size >= 1 && n % group_size == 0, name, "group_size", "a divisor of n",
+          group_size);
+  require(pivots >= 1 && pivots * group_size <= n, name, "pivots",
+          "between 1 and n / group_size", pivots);
+}
+
+template <class T>
+void prune_panel(const PanelArrays& arrays, std::int64_t batch, std::int64_t n,
+                 std::int64_t group_size, std::int64_t pivots, int threads) {
+  const auto panel = make_panel<T>("prune_panel", arrays, n, group_size, pivots);
   py::gil_scoped_release release;
   mosaic::prune_panel(panel, batch, threads);
 }
+
+#ifdef MOSAIC_WITH_CUDA
+template <class T>
+void prune_panel_cuda(const PanelArrays& arrays, std::int64_t batch, std::int64_t n,
+                      std::int64_t pivots, int device, Address stream) {
+  const auto panel = make_panel<T>("prune_panel_cuda", arrays, n, 1, pivots);
+  py::gil_scoped_release release;
+  mosaic::prune_panel_cuda(panel, batch, device, reinterpret_cast<void*>(stream));
+}
+#endif
 
 }  // namespace
 
@@ -97,22 +127,29 @@ PYBIND11_MODULE(_C, module) {
 
   module.def(
       "prune_panel",
-      [](Address inverse, Address gram, Address inverse_blocks, Address gram_blocks,
-         Address alive, Address u, Address v, Address picked, Address losses, std::int64_t batch,
-         std::int64_t n, std::int64_t group_size, std::int64_t pivots, int element_bytes,
-         int threads) {
+      [](const PanelArrays& arrays, std::int64_t batch, std::int64_t n, std::int64_t group_size,
+         std::int64_t pivots, int element_bytes, int threads) {
         check_common("prune_panel", element_bytes, n, threads);
-        require(batch >= 1, "prune_panel", "batch", "at least 1", batch);
-        require(group_size >= 1 && n % group_size == 0, "prune_panel", "group_size",
-                "a divisor of n", group_size);
-        require(pivots >= 1 && pivots * group_size <= n, "prune_panel", "pivots",
-                "between 1 and n / group_size", pivots);
+        check_panel("prune_panel", batch, n, group_size, pivots);
         (element_bytes == 4 ? prune_panel<float> : prune_panel<double>)(
-            inverse, gram, inverse_blocks, gram_blocks, alive, u, v, picked, losses, batch, n,
-            group_size, pivots, threads);
+            arrays, batch, n, group_size, pivots, threads);
       },
-      py::arg("inverse"), py::arg("gram"), py::arg("inverse_blocks"), py::arg("gram_blocks"),
-      py::arg("alive"), py::arg("u"), py::arg("v"), py::arg("picked"), py::arg("losses"),
-      py::arg("batch"), py::arg("n"), py::arg("group_size"), py::arg("pivots"),
-      py::arg("element_bytes"), py::arg("threads"));
+      py::arg("arrays"), py::arg("batch"), py::arg("n"), py::arg("group_size"),
+      py::arg("pivots"), py::arg("element_bytes"), py::arg("threads"));
+
+#ifdef MOSAIC_WITH_CUDA
+  module.def(
+      "prune_panel_cuda",
+      [](const PanelArrays& arrays, std::int64_t batch, std::int64_t n, std::int64_t pivots,
+         int element_bytes, int device, Address stream) {
+        check_common("prune_panel_cuda", element_bytes, n, 1);
+        check_panel("prune_panel_cuda", batch, n, 1, pivots);
+        require(pivots <= mosaic::kMaxCudaPivots, "prune_panel_cuda", "pivots", "at most 128",
+                pivots);
+        (element_bytes == 4 ? prune_panel_cuda<float> : prune_panel_cuda<double>)(
+            arrays, batch, n, pivots, device, stream);
+      },
+      py::arg("arrays"), py::arg("batch"), py::arg("n"), py::arg("pivots"),
+      py::arg("element_bytes"), py::arg("device"), py::arg("stream"));
+#endif
 }

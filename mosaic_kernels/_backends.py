@@ -7,8 +7,6 @@ import torch
 
 from mosaic_kernels._extension import EXTENSION, REBUILD
 
-TORCH_ON_CUDA = "torch on the device: this version has no CUDA C++ sources"
-
 
 def _cpp(uses: str) -> dict[str, str]:
     if EXTENSION.module is None:
@@ -26,6 +24,13 @@ def _cuda(implementation: str, note: str) -> dict[str, str]:
         )
         return {"implementation": "unavailable", "note": f"{cure}; would be {implementation}"}
     return {"implementation": implementation, "note": note}
+
+
+def _cuda_panels() -> dict[str, str]:
+    if EXTENSION.has_cuda:
+        return _cuda("CUDA", "panels of single columns; groups of several columns run on torch")
+    note = "panels on torch, many small launches: reinstall with MOSAIC_BUILD=cuda and nvcc"
+    return _cuda("torch", note)
 
 
 def _triton() -> dict[str, str]:
@@ -53,11 +58,11 @@ def backends() -> dict[str, Any]:
             "hessian_finalize_": {"cpu": _cpp("tiled mirror"), "cuda": _cuda("torch", "")},
             "cholesky_inverse": {
                 "cpu": _cpp("diagonal blocks in C++, products by torch"),
-                "cuda": _cuda("torch", TORCH_ON_CUDA),
+                "cuda": _cuda("torch", "cuSOLVER on diagonal blocks, products by cuBLAS"),
             },
             "prune_columns": {
                 "cpu": _cpp("panels in C++, products by torch"),
-                "cuda": _cuda("torch", TORCH_ON_CUDA),
+                "cuda": _cuda_panels(),
             },
             "compensate": {"cpu": solve, "cuda": _cuda("torch", "")},
         },

@@ -230,20 +230,20 @@ def read_rows(matrix: Tensor, rows: Tensor) -> Tensor:
     return torch.where(left, across, down)
 
 
-def panel_cpp(state: State, pivots: int) -> Panel:
-    """Remove ``pivots`` groups with the compiled panel (OpenMP over layers, or over columns)."""
-    assert EXTENSION.module is not None
-    g, (batch, groups) = state.group_size, state.alive.shape
-    shape = (batch, pivots * g, groups * g)
-    panel = Panel(
-        torch.empty(batch, pivots, dtype=torch.int64),
+def empty_panel(state: State, pivots: int) -> Panel:
+    """Return a panel for a compiled implementation to fill."""
+    batch, groups = state.alive.shape
+    shape = (batch, pivots * state.group_size, groups * state.group_size)
+    return Panel(
+        torch.empty(batch, pivots, dtype=torch.int64, device=state.inverse.device),
         state.inverse.new_empty(batch, pivots),
         state.inverse.new_empty(shape),
         state.inverse.new_empty(shape),
     )
-    threads = torch.get_num_threads()
-    if batch == 1:
-        threads = min(threads, max(1, groups * g // COLUMNS_PER_THREAD))
+
+
+def addresses(state: State, panel: Panel) -> list[int]:
+    """Return the addresses of a panel's arrays, in the order of ``mosaic::Panel``."""
     arrays = (
         state.inverse,
         state.gram,
@@ -255,11 +255,22 @@ def panel_cpp(state: State, pivots: int) -> Panel:
         panel.picked,
         panel.losses,
     )
+    return [array.data_ptr() for array in arrays]
+
+
+def panel_cpp(state: State, pivots: int) -> Panel:
+    """Remove ``pivots`` groups with the compiled panel (OpenMP over layers, or over columns)."""
+    assert EXTENSION.module is not None
+    batch, n = state.inverse.shape[:2]
+    threads = torch.get_num_threads()
+    if batch == 1:
+        threads = min(threads, max(1, n // COLUMNS_PER_THREAD))
+    panel = empty_panel(state, pivots)
     EXTENSION.module.prune_panel(
-        *(array.data_ptr() for array in arrays),
+        addresses(state, panel),
         batch,
-        groups * g,
-        g,
+        n,
+        state.group_size,
         pivots,
         state.inverse.element_size(),
         threads,
@@ -267,4 +278,29 @@ def panel_cpp(state: State, pivots: int) -> Panel:
     return panel
 
 
+def panel_cuda(state: State, pivots: int) -> Panel:
+    """Remove ``pivots`` groups on the GPU: compiled for single columns, torch for wider groups.
+
+    The compiled panel gives a thread block to each layer. Wider groups are few (heads), so that
+    the launches of torch's operators are few as well.
+    """
+    if state.group_size > 1:
+        return panel_torch(state, pivots)
+    assert EXTENSION.module is not None
+    batch, n = state.inverse.shape[:2]
+    panel = empty_panel(state, pivots)
+    device = state.inverse.device
+    EXTENSION.module.prune_panel_cuda(
+        addresses(state, panel),
+        batch,
+        n,
+        pivots,
+        state.inverse.element_size(),
+        device.index,
+        torch.cuda.current_stream(device).cuda_stream,
+    )
+    return panel
+
+
 PANEL_CPU: RunPanel = panel_torch if EXTENSION.module is None else panel_cpp
+PANEL_CUDA: RunPanel = panel_cuda if EXTENSION.has_cuda else panel_torch

@@ -25,6 +25,11 @@ class Extension:
     module: ModuleType | None
     reason: str = ""
 
+    @property
+    def has_cuda(self) -> bool:
+        """Tell whether the compiled module holds CUDA kernels."""
+        return self.module is not None and bool(self.module.cuda_architectures)
+
     def info(self) -> dict[str, Any]:
         """Return path, compiler, OpenMP and CUDA architectures of the compiled module."""
         if self.module is None:

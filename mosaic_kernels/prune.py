@@ -225,7 +225,7 @@ def _prune_cpu(
 def _prune_cuda(
     weight: Tensor, inverse: Tensor, group_size: int, count: int
 ) -> tuple[Tensor, Tensor]:
-    return _elimination.eliminate(weight, inverse, group_size, count, _elimination.panel_torch)
+    return _elimination.eliminate(weight, inverse, group_size, count, _elimination.PANEL_CUDA)
 
 
 @_prune_op.register_fake

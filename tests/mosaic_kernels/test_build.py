@@ -38,7 +38,6 @@ def test_cuda_without_nvcc_fails_before_compiling(build, monkeypatch):
 
 
 def test_what_is_left_out_is_said_with_the_cure(build, monkeypatch):
-    monkeypatch.setattr(build, "cuda_sources", lambda: ["a.cu"])
     monkeypatch.setattr(build, "find_nvcc", lambda: None)
     assert build.plan_cuda("auto") == (
         None,

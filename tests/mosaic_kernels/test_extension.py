@@ -79,6 +79,13 @@ def test_extension_info():
     assert isinstance(info["openmp"], bool) and isinstance(info["cuda_architectures"], list)
 
 
+@pytest.mark.skipif(not EXTENSION.has_cuda, reason="needs the CUDA kernels")
+def test_cuda_binding_refuses_what_cannot_be():
+    nine = [torch.zeros(256, 1).data_ptr()] * 9
+    with pytest.raises(ValueError, match="prune_panel_cuda: pivots must be at most 128, got 129"):
+        EXTENSION.module.prune_panel_cuda(nine, 1, 256, 129, 4, 0, 0)
+
+
 @built
 def test_bindings_refuse_what_cannot_be():
     module = EXTENSION.module
@@ -93,9 +100,9 @@ def test_bindings_refuse_what_cannot_be():
         (lambda: module.mirror_lower(address, 4, 1.0, 4, 0), "threads must be at least 1, got 0"),
         (lambda: module.invert_factor(address, 0, 4, 16, 4, address, 4, 1), "batch must be"),
         (lambda: module.invert_factor(address, 1, 4, 16, 3, address, 4, 1), "ld must be at least"),
-        (lambda: module.prune_panel(*nine, 0, 4, 1, 1, 4, 1), "batch must be at least 1"),
-        (lambda: module.prune_panel(*nine, 1, 4, 3, 1, 4, 1), "group_size must be a divisor of n"),
-        (lambda: module.prune_panel(*nine, 1, 4, 2, 3, 4, 1), "pivots must be between 1 and"),
+        (lambda: module.prune_panel(nine, 0, 4, 1, 1, 4, 1), "batch must be at least 1"),
+        (lambda: module.prune_panel(nine, 1, 4, 3, 1, 4, 1), "group_size must be a divisor of n"),
+        (lambda: module.prune_panel(nine, 1, 4, 2, 3, 4, 1), "pivots must be between 1 and"),
     ]:
         with pytest.raises(ValueError, match=message):
             call()
