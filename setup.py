@@ -206,7 +206,7 @@ def extensions() -> list[Extension]:
             "mosaic_kernels._C",
             sources=cpu_sources(),
             include_dirs=include_dirs,
-            depends=headers,
+            depends=[*headers, *cuda_sources()],
             language="c++",
         )
     ]

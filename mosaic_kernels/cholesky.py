@@ -54,7 +54,7 @@ def cholesky_inverse(
         max_damping,
         "It ends the ladder of tenfold steps.",
     )
-    batch = h.unsqueeze(0) if h.dim() == 2 else h
+    batch = (h.unsqueeze(0) if h.dim() == 2 else h).detach()
     require_usable(name, batch)
     inverse, used = _inverse_op(batch, float(damping), float(max_damping))
     failed = torch.isinf(used)

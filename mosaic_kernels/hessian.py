@@ -59,7 +59,8 @@ def hessian_update_(h: Tensor, x: Tensor, weight: float = 1.0, sum_x: Tensor | N
     )
     if x.shape[0] == 0 or weight == 0:
         return
-    _update_op(h, x if x.stride(1) == 1 else x.contiguous(), float(weight), sum_x)
+    x = x.detach() if x.stride(1) == 1 else x.detach().contiguous()
+    _update_op(h, x, float(weight), sum_x)
 
 
 def hessian_finalize_(h: Tensor, total_weight: float, sum_x: Tensor | None = None) -> None:

@@ -9,7 +9,7 @@ from mosaic_kernels import _checks, _elimination
 from mosaic_kernels.cholesky import cholesky_inverse
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Trajectory:
     """The order in which the groups of a layer, or of a batch of layers, are removed.
 
@@ -99,6 +99,7 @@ def prune_columns(
     2510.06751); the blocked form is method section 4.
     """
     name = "prune_columns"
+    weight, h = weight.detach(), h.detach()
     _check_layer(name, weight, h, (2, 3))
     _checks.require_damping(name, damping)
     n = h.shape[-1]
@@ -204,7 +205,7 @@ def compensate(weight: Tensor, h: Tensor, kept: Tensor, *, damping: float = 0.01
             f"{kept.numel()} indices from {int(kept.min())} to {int(kept.max())}",
             "Trajectory.kept gives them so.",
         )
-    return _compensate_op(weight, h, kept, float(damping))
+    return _compensate_op(weight.detach(), h.detach(), kept, float(damping))
 
 
 @torch.library.custom_op("mosaic_kernels::prune_columns", mutates_args=())

@@ -158,6 +158,17 @@ def test_ties_go_to_the_lowest_index(device):
     assert result.order.tolist() == [list(range(10))]
 
 
+def test_parameters_are_taken_as_they_are(make_layer):
+    (weight,), (h,) = make_layer(1, 3, 6)
+    parameter = torch.nn.Parameter(weight)
+    result = mk.prune_columns(parameter, h, count=2)
+    assert not result.losses.requires_grad
+    assert not mk.compensate(parameter, h, result.kept(2)).requires_grad
+    accumulator = torch.zeros(6, 6, dtype=torch.float64)
+    mk.hessian_update_(accumulator, parameter)
+    assert not accumulator.requires_grad and accumulator.any()
+
+
 def test_damping_used_is_returned(make_layer):
     weight, h = make_layer(2, 3, 4)
     h[1] = 1.0
