@@ -135,8 +135,13 @@ def _update_cpu(h: Tensor, x: Tensor, weight: float, sum_x: Tensor | None) -> No
 
 @_update_op.register_kernel("cuda")
 def _update_cuda(h: Tensor, x: Tensor, weight: float, sum_x: Tensor | None) -> None:
-    from mosaic_kernels._triton.hessian import launch_update
-
+    try:
+        from mosaic_kernels._triton.hessian import launch_update
+    except ImportError as error:
+        raise RuntimeError(
+            f"hessian_update_: a tensor on {x.device} needs triton, and its import says: {error}. "
+            "Install it with pip install triton, or calibrate on the CPU."
+        ) from error
     launch_update(h, x, weight, sum_x)
 
 

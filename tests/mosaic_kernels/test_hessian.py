@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 
@@ -122,6 +124,12 @@ def test_finalize_of_what_is_not_finite_writes_nothing(where, value):
         mk.hessian_finalize_(h, 2.0, sum_x)
     assert torch.equal(h.nan_to_num(), before[0].nan_to_num())
     assert torch.equal(sum_x.nan_to_num(), before[1].nan_to_num())
+
+
+def test_without_triton_the_error_names_the_cure(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mosaic_kernels._triton.hessian", None)
+    with pytest.raises(RuntimeError, match="hessian_update_: .* needs triton.*pip install triton"):
+        hessian._update_cuda(torch.zeros(2, 2), torch.ones(1, 2), 1.0, None)
 
 
 def test_opcheck(device):
