@@ -241,12 +241,16 @@ def write_pipeline() -> None:
     """Write the pipeline's index around the parts, which are saved by their own trainers."""
     DiTPipeline(
         transformer=DiTTransformer2DModel.from_pretrained(
-            FOLDER / "transformer", torch_dtype=torch.float16
+            FOLDER / "transformer", dtype=torch.float16
         ),
-        vae=AutoencoderKL.from_pretrained(FOLDER / "vae", torch_dtype=torch.float16),
+        vae=AutoencoderKL.from_pretrained(FOLDER / "vae", dtype=torch.float16),
         scheduler=make_scheduler(),
-        id2label={i: str(i) for i in range(digits.CLASSES)},
     ).save_pretrained(FOLDER)
+    for part in ("transformer", "vae"):  # diffusers notes the folder it read from: not for others
+        path = FOLDER / part / "config.json"
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def main() -> None:

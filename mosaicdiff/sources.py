@@ -45,7 +45,7 @@ def load_pipeline(
             f"(owner/name), got {name!r}, which is none of them."
         )
     try:
-        pipe = DiffusionPipeline.from_pretrained(name, torch_dtype=dtype)
+        pipe = DiffusionPipeline.from_pretrained(name, dtype=dtype)
     except OSError as error:
         raise ValueError(
             f"load_pipeline: {name!r} could not be loaded as a pipeline: {error}"
