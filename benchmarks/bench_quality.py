@@ -153,8 +153,8 @@ def jobs_of(part: str) -> list[dict]:
     if part == "cap":
         return [
             {"sparsity": s, "factors": DEFAULT, "cap": cap, **one}
-            for s in (0.4, 0.5, 0.6)
-            for cap in (0.65, 0.7, 0.75, 0.8, 0.85, 0.95)
+            for s in (0.5, 0.6)
+            for cap in (0.7, 0.75, 0.8, 0.85, 0.95)
         ]
     if part == "trial":
         one["images"] = 200
