@@ -42,11 +42,15 @@ def make_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
 
 
 def shallow_clone(module: nn.Module) -> nn.Module:
-    """Copy a module object that holds the same parameters, buffers and children."""
+    """Copy a module object that holds the same parameters, buffers and children.
+
+    Its tables are its own, those of hooks too: a hook on the clone must not run on the original.
+    """
     clone = module.__new__(type(module))
     clone.__dict__ = dict(module.__dict__)
-    for table in ("_parameters", "_buffers", "_modules"):
-        clone.__dict__[table] = dict(module.__dict__[table])
+    for name in nn.Module().__dict__:
+        if isinstance(clone.__dict__.get(name), dict):
+            clone.__dict__[name] = clone.__dict__[name].copy()
     return clone
 
 

@@ -1,0 +1,82 @@
+"""Tiny real denoisers, and the embedded model."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+
+import mosaicdiff
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def tiny_denoiser(layers: int = 3, heads: int = 4, bias: bool = True) -> DiTTransformer2DModel:
+    """A DiT whose blocks all matter: adaLN and output away from their start."""
+    model = DiTTransformer2DModel(
+        num_attention_heads=heads,
+        attention_head_dim=8,
+        in_channels=2,
+        out_channels=2,
+        num_layers=layers,
+        sample_size=8,
+        attention_bias=bias,
+        num_embeds_ada_norm=1000,
+    )
+    for name, parameter in model.named_parameters():
+        if "norm1.linear" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval().requires_grad_(False)
+
+
+def tiny_batches(count: int = 48, channels: int = 2) -> list:
+    generator = torch.Generator().manual_seed(7)
+    mixing = torch.randn(channels * 64, channels * 64, generator=generator) / 8
+    latents = torch.randn(count, channels * 64, generator=generator) @ mixing
+    labels = torch.randint(0, 10, (count,), generator=generator)
+    return [(latents.reshape(count, channels, 8, 8), {"class_labels": labels})]
+
+
+def linear_scheduler(cls=DDIMScheduler, **kwargs):
+    return cls(beta_schedule="linear", beta_start=1e-4, beta_end=0.02, **kwargs)
+
+
+@pytest.fixture
+def denoiser():
+    return tiny_denoiser()
+
+
+@pytest.fixture
+def batches():
+    return tiny_batches()
+
+
+@pytest.fixture
+def pipe(denoiser):
+    vae = AutoencoderKL(
+        in_channels=1, out_channels=1, block_out_channels=(8,), norm_num_groups=4, latent_channels=2
+    )
+    pipeline = DiTPipeline(
+        transformer=denoiser, vae=vae.eval(), scheduler=linear_scheduler(clip_sample=False)
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def staged_pipe(pipe, batches):
+    config = mosaicdiff.PruneConfig(sparsity=0.4, samples=48, steps=20)
+    mosaicdiff.prune(pipe, config, calibration=batches)
+    return pipe
+
+
+def sample(pipeline, steps: int = 8, guidance: float = 1.0):
+    """Pictures of three classes, as an array."""
+    return pipeline(
+        [1, 2, 3],
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=torch.manual_seed(3),
+        output_type="np",
+    ).images
