@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-import logging
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from diffusers.pipelines import pipeline_loading_utils, pipeline_utils
+from diffusers.pipelines import pipeline_loading_utils
 
+from .adapters import DENOISER_CLASSES
 from .runtime import StagedDenoiser
 
 _METHODS = ["save_pretrained", "from_pretrained"]
@@ -17,9 +17,9 @@ _METHODS = ["save_pretrained", "from_pretrained"]
 def install() -> None:
     """Register the class for loading, and attach it to the scheduler of whatever pipeline it joins.
 
-    Two tables of diffusers get an entry; `DiffusionPipeline.__setattr__` is wrapped, since every
-    way into a pipeline (construction, `from_pipe`, `pipe.scheduler = ...`) passes through it; and
-    the remark that a `StagedDenoiser` is not the class a pipeline's signature names is dropped.
+    Two tables of diffusers get an entry. `DiffusionPipeline.__setattr__` is wrapped, since every
+    way into a pipeline (construction, `from_pipe`, `pipe.scheduler = ...`) passes through it. And
+    a pipeline whose signature names a denoiser that can be pruned takes a `StagedDenoiser` too.
     """
     if "mosaicdiff" in pipeline_loading_utils.LOADABLE_CLASSES:
         return
@@ -34,7 +34,25 @@ def install() -> None:
             attach_components(self)
 
     DiffusionPipeline.__setattr__ = setattr_and_attach
-    pipeline_utils.logger.addFilter(_expected_type_remark)
+    _accept_staged_denoisers()
+
+
+def _accept_staged_denoisers() -> None:
+    """Add `StagedDenoiser` to the types that pipelines check their denoiser against."""
+    original = DiffusionPipeline._get_signature_types.__func__
+
+    @functools.wraps(original)
+    def signature_types(cls: type) -> dict[str, tuple]:
+        return {
+            name: (*types, StagedDenoiser) if _names_denoiser(types) else types
+            for name, types in original(cls).items()
+        }
+
+    DiffusionPipeline._get_signature_types = classmethod(signature_types)
+
+
+def _names_denoiser(types: tuple) -> bool:
+    return any(getattr(kind, "__name__", None) in DENOISER_CLASSES for kind in types)
 
 
 def attach_components(pipe: DiffusionPipeline) -> None:
@@ -49,8 +67,3 @@ def attach_components(pipe: DiffusionPipeline) -> None:
 
 def _is_scheduler(value: Any) -> bool:
     return hasattr(value, "set_timesteps") and hasattr(value, "step")
-
-
-def _expected_type_remark(record: logging.LogRecord) -> bool:
-    message = record.getMessage()
-    return not (message.startswith("Expected types for") and "StagedDenoiser" in message)

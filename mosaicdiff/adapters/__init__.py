@@ -9,6 +9,9 @@ from .dit import DiTAdapter
 
 _ADAPTERS: tuple[Adapter, ...] = (DiTAdapter(),)
 
+#: Class names of the denoisers that can be pruned.
+DENOISER_CLASSES = tuple(adapter.denoiser_class for adapter in _ADAPTERS)
+
 
 def adapter_for(denoiser: Any) -> Adapter:
     """Return the adapter of a denoiser, by its class name.
@@ -24,11 +27,10 @@ def adapter_for_class(name: str) -> Adapter:
     for adapter in _ADAPTERS:
         if adapter.denoiser_class == name:
             return adapter
-    known = ", ".join(adapter.denoiser_class for adapter in _ADAPTERS)
     raise ValueError(
-        f"adapter_for: denoiser must be one of {known}, got {name}. "
+        f"adapter_for: denoiser must be one of {', '.join(DENOISER_CLASSES)}, got {name}. "
         "Other families need an adapter in mosaicdiff/adapters."
     )
 
 
-__all__ = ["Adapter", "adapter_for", "adapter_for_class"]
+__all__ = ["DENOISER_CLASSES", "Adapter", "adapter_for", "adapter_for_class"]
