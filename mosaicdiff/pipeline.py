@@ -246,7 +246,7 @@ def _assemble(
             layer = layers[name]
             parts: Parts = narrow_parts(dense_parts(base, layer), layer, solution.kept)
             parts[f"{layer.reader}.weight"] = solution.weight
-            if solution.bias is not None:
+            if config.compensation == "affine" and solution.bias is not None:
                 parts[f"{layer.reader}.bias"] = solution.bias
             state[name] = LayerState(solution.kept, parts)
         states.append(state)

@@ -38,9 +38,7 @@ def prune(denoiser, **config):
 def run_stages(staged):
     x, labels = torch.randn(2, 2, 8, 8, generator=torch.manual_seed(1)), torch.tensor([1, 2])
     dtype = staged.dtype
-    return [
-        staged(x.to(dtype), torch.tensor([t, t]), labels).sample for t in (950, 400, 30)
-    ]
+    return [staged(x.to(dtype), torch.tensor([t, t]), labels).sample for t in (950, 400, 30)]
 
 
 def test_a_new_process_with_plain_diffusers_gives_the_same_bits(staged_pipe, tmp_path):

@@ -57,7 +57,11 @@ UNEVEN = {
 )
 def test_packed_equals_zeroed(kept):
     dense = tiny_denoiser().double()
-    inputs = (torch.randn(3, 2, 8, 8).double(), torch.tensor([9, 500, 999]), torch.tensor([1, 2, 3]))
+    inputs = (
+        torch.randn(3, 2, 8, 8).double(),
+        torch.tensor([9, 500, 999]),
+        torch.tensor([1, 2, 3]),
+    )
     expected = zeroed(dense, kept)(*inputs).sample
     assert (pack(dense, kept)(*inputs).sample - expected).abs().max() <= 1e-10
     if kept:

@@ -1,0 +1,46 @@
+# One word per habit. `make demo` and `make test` set up all they need in $(VENV).
+PYTHON ?= python3
+VENV ?= .venv
+# auto, cpu, cuda or none: see README, "Building"
+export MOSAIC_BUILD ?= auto
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed-$(MOSAIC_BUILD)
+SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
+DEMO ?= out/demo
+
+.PHONY: build demo check test bench clean
+
+build: $(STAMP)
+
+$(STAMP): $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	rm -f $(VENV)/.installed-* mosaic_kernels/_C*.so
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+# Prune the embedded model by 30%, print dense beside pruned, draw both.
+demo: build
+	$(BIN)/mosaicdiff prune digits --sparsity 0.3 --output $(DEMO)/digits-30 --overwrite
+	$(BIN)/mosaicdiff evaluate $(DEMO)/digits-30 --num-images 300 --grid $(DEMO)/grid.png
+
+check: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check mosaicdiff benchmarks tests mosaic_kernels setup.py
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_architecture.py
+
+test: build
+	$(BIN)/python -m pytest
+
+# The slow measurements; each writes rows to benchmarks/results.
+bench: build
+	$(BIN)/python -m benchmarks.bench_quality cap
+	$(BIN)/python -m benchmarks.bench_quality table
+	$(BIN)/python -m benchmarks.bench_quality headline
+	$(BIN)/python -m benchmarks.bench_speed
+	$(BIN)/python -m benchmarks.render
+
+clean:
+	rm -rf build out *.egg-info mosaic_kernels/_C*.so $(VENV)/.installed-*

@@ -1,0 +1,191 @@
+"""Write the README's tables and figures from the rows in `benchmarks/results`.
+
+python -m benchmarks.render
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+
+from benchmarks.rows import RESULTS, read_rows
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+FIGURES = ROOT / "docs" / "figures"
+NAMES = ("criterion", "compensation", "allocation")
+DRAWN = {
+    ("obs", "plain", "score"): ("staged OBS, by score (default)", "#C44E52", "o-"),
+    ("obs", "plain", "equal"): ("staged OBS, equal stages", "#DD8452", "s--"),
+    ("obs", "plain", "one network"): ("OBS, one network", "#4C72B0", "^--"),
+    ("wanda", "none", "one network"): ("Wanda, one network", "#55A868", "v:"),
+    ("magnitude", "none", "one network"): ("magnitude, one network", "#8172B3", "D:"),
+}
+
+
+def quality_rows(images: int) -> list[dict[str, str]]:
+    return [r for r in read_rows(RESULTS / "quality.csv") if int(r["images"]) == images]
+
+
+def factors_of(row: dict[str, str]) -> tuple[str, ...]:
+    return tuple(row[name] for name in NAMES)
+
+
+def default_cap() -> str:
+    from mosaicdiff import PruneConfig
+
+    return f"{PruneConfig.max_sparsity:g}"
+
+
+def factor_table() -> str:
+    """One line a variant, one column a sparsity: distance, error, accuracy."""
+    rows = quality_rows(512)
+    dense = next(r for r in rows if r["criterion"] == "dense")
+    rows = [r for r in rows if r["max_sparsity"] == default_cap()]
+    sparsities = sorted({float(r["sparsity"]) for r in rows} & {0.1, 0.2, 0.3, 0.5})
+    lines = [
+        "| criterion | compensation | allocation | "
+        + " | ".join(f"{s:.0%}" for s in sparsities) + " |",
+        "|---|---|---|" + "---|" * len(sparsities),
+        "| dense | | | " + " | ".join(_cell(dense) for _ in sparsities[:1])
+        + " |" + " |" * (len(sparsities) - 1),
+    ]  # fmt: skip
+    for factors in dict.fromkeys(factors_of(r) for r in rows):
+        cells = []
+        for s in sparsities:
+            found = [r for r in rows if factors_of(r) == factors and float(r["sparsity"]) == s]
+            cells.append(_cell(found[0]) if found else "")
+        lines.append("| " + " | ".join((*factors, *cells)) + " |")
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, str]) -> str:
+    return (
+        f"{float(row['frechet']):.2f} / {_short(float(row['mse_to_dense']))} / "
+        f"{float(row['accuracy']):.1%}"
+    )
+
+
+def _short(value: float) -> str:
+    return f"{value:.4f}".lstrip("0") if value else "0"
+
+
+def headline_table() -> str:
+    """Means over the seeds with their range."""
+    rows = quality_rows(2000)
+    lines = [
+        "| model | guidance | Frechet distance | gap to dense | squared error | accuracy |",
+        "|---|---|---|---|---|---|",
+    ]
+    for guidance in sorted({r["guidance"] for r in rows}):
+        here = [r for r in rows if r["guidance"] == guidance]
+        dense = {r["seed"]: float(r["frechet"]) for r in here if r["criterion"] == "dense"}
+        for factors in dict.fromkeys(factors_of(r) for r in here):
+            group = [r for r in here if factors_of(r) == factors]
+            gaps = [float(r["frechet"]) - dense[r["seed"]] for r in group]
+            accuracy = _spread([100 * float(r["accuracy"]) for r in group])
+            distance = _spread([float(r["frechet"]) for r in group])
+            error = _spread([float(r["mse_to_dense"]) for r in group], 4)
+            if factors[0] == "dense":
+                lines.append(f"| dense | {guidance} | {distance} | | | {accuracy}% |")
+            else:
+                lines.append(
+                    f"| {', '.join(factors)} | {guidance} | {distance} | {_spread(gaps)} | "
+                    f"{error} | {accuracy}% |"
+                )
+    return "\n".join(lines)
+
+
+def _spread(values: list[float], digits: int = 2) -> str:
+    mean = statistics.mean(values)
+    if len(values) == 1:
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} ({min(values):.{digits}f}..{max(values):.{digits}f})"
+
+
+def cap_table() -> str:
+    rows = [
+        r for r in quality_rows(512)
+        if factors_of(r) == ("obs", "plain", "score") and float(r["sparsity"]) >= 0.5
+    ]  # fmt: skip
+    rows.sort(key=lambda r: (float(r["sparsity"]), float(r["max_sparsity"])))
+    lines = [
+        "| sparsity | cap | stages get | Frechet distance | squared error | accuracy |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {float(r['sparsity']):.0%} | {r['max_sparsity']} | {r['shares'].replace(' ', ' / ')} | "
+        f"{float(r['frechet']):.2f} | {float(r['mse_to_dense']):.4f} | "
+        f"{float(r['accuracy']):.1%} |"
+        for r in rows
+    ]
+    return "\n".join(lines)
+
+
+def speed_table() -> str:
+    lines = [
+        "| model | sparsity | rows | type | dense call | speed-up | fewer MACs | efficiency |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in read_rows(RESULTS / "speed.csv"):
+        lines.append(
+            f"| {r['model']} | {float(r['sparsity']):.0%} | {r['batch_size']} | {r['dtype']}, "
+            f"{r['device']}, {r['threads']} threads | {float(r['dense_ms']):.1f} ms | "
+            f"{float(r['speedup']):.3f}x | {float(r['macs_ratio']):.3f}x | "
+            f"{float(r['efficiency']):.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def draw_quality(path: Path) -> None:
+    """Draw distance and squared error over sparsity."""
+    from matplotlib.figure import Figure
+
+    rows = quality_rows(512)
+    dense = float(next(r for r in rows if r["criterion"] == "dense")["frechet"])
+    rows = [r for r in rows if r["max_sparsity"] == default_cap()]
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for factors, (label, colour, style) in DRAWN.items():
+        found = sorted(
+            (r for r in rows if factors_of(r) == factors), key=lambda r: float(r["sparsity"])
+        )
+        x = [100 * float(r["sparsity"]) for r in found]
+        left.plot(x, [float(r["frechet"]) for r in found], style, color=colour, label=label)
+        right.plot(x, [float(r["mse_to_dense"]) for r in found], style, color=colour)
+    left.axhline(dense, color="black", lw=1, label="dense")
+    left.set_ylabel("Frechet distance to the data")
+    right.set_ylabel("squared error to the dense pictures")
+    for axis in (left, right):
+        axis.set_yscale("log")
+        axis.set_xlabel("prunable MACs removed, mean over 50 steps (%)")
+    left.legend(fontsize=7)
+    figure.savefig(path, dpi=130)
+
+
+def replace_block(text: str, name: str, content: str) -> str:
+    """Put content between `<!-- name:begin -->` and `<!-- name:end -->`."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if begin not in text or end not in text:
+        raise ValueError(f"render: README.md must hold {begin} and {end}.")
+    before, rest = text.split(begin, 1)
+    return f"{before}{begin}\n{content}\n{end}{rest.split(end, 1)[1]}"
+
+
+def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
+    text = README.read_text()
+    for name, content in (
+        ("headline", headline_table()),
+        ("factors", factor_table()),
+        ("cap", cap_table()),
+        ("speed", speed_table()),
+    ):
+        text = replace_block(text, name, content)
+    README.write_text(text)
+    draw_quality(FIGURES / "quality.png")
+
+
+if __name__ == "__main__":
+    main()
