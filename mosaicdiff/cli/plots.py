@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from ..adapters import adapter_for
 from ..calibrate import add_noise
+from ..groups import Denoiser
 from ..schedule import NoiseSchedule
 from ..stages import Division
 
@@ -41,6 +44,28 @@ def measured_mse(
     return timesteps, np.asarray(errors)
 
 
+def trajectory_mse(
+    denoiser: Denoiser, scheduler: Any, samples: int = 60, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sample and return (timesteps, mean of (x_t - final x)^2), the measurement of MosaicDiff.
+
+    Args:
+        scheduler: deterministic and after `set_timesteps`; classes 0..9 in turn, no guidance.
+    """
+    adapter = adapter_for(denoiser)
+    generator = torch.Generator().manual_seed(seed)
+    latents = torch.randn(samples, *adapter.latent_shape(denoiser), generator=generator)
+    labels = torch.arange(samples) % 10
+    visited = []
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            visited.append(latents)
+            noise = denoiser(latents, timestep=t.expand(samples), class_labels=labels).sample
+            latents = scheduler.step(noise, t, latents).prev_sample
+    errors = [float((x - latents).double().square().mean()) for x in visited]
+    return np.asarray(scheduler.timesteps), np.asarray(errors)
+
+
 def draw_stages(
     path: Path,
     schedule: NoiseSchedule,
@@ -48,7 +73,7 @@ def draw_stages(
     power: float,
     threshold: float,
     snr_weight: float,
-    measured: tuple[np.ndarray, np.ndarray] | None,
+    measured: dict[str, tuple[np.ndarray, np.ndarray]],
 ) -> None:
     """Draw MSE, gradient, SNR term, score, threshold and stages over the train timesteps."""
     from matplotlib.figure import Figure
@@ -59,8 +84,8 @@ def draw_stages(
     figure = Figure(figsize=(8, 6.5), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
     top.plot(t, schedule.expected_mse(power), color="black", label="E[MSE(t)] predicted")
-    if measured is not None:
-        top.plot(measured[0] + 1, measured[1], "o", ms=4, color="#C44E52", label="measured")
+    for (label, points), mark in zip(measured.items(), ("o", "x"), strict=False):
+        top.plot(points[0] + 1, points[1], mark, ms=4, label=f"measured, {label}")
     top.set_ylabel("MSE of x_t to x_0")
     bottom.plot(t, gradient / gradient.max(), color="#937860", label="E[Grad] / max")
     if snr_weight > 0:

@@ -46,17 +46,17 @@ def stages(
     from ..planning import step_scores
     from ..schedule import NoiseSchedule, step_log_snr
     from ..stages import divide, stage_means
-    from .plots import check_plot_file, draw_stages, measured_mse
+    from .plots import check_plot_file, draw_stages
 
     PruneConfig(threshold=threshold, snr_weight=snr_weight, steps=steps)
     if plot is not None:
         check_plot_file(plot)
-    power, latents = 1.0, None
+    power, latents, denoiser = 1.0, None, None
     if schedule is not None:
         noise = NoiseSchedule.named(schedule)
         scheduler = _ddim(noise)
     else:
-        scheduler, latents = _read_model(str(model))
+        scheduler, latents, denoiser = _read_model(str(model))
         noise = NoiseSchedule.from_scheduler(scheduler)
         if latents is not None:
             power = float(latents.double().square().mean())
@@ -88,8 +88,8 @@ def stages(
         for stage, count in zip(division.stages, counts, strict=True)
     ]
     if plot is not None:
-        points = None if latents is None else measured_mse(noise, latents)
-        draw_stages(plot, noise, division, power, threshold, snr_weight, points)
+        measured = {} if latents is None else _measure(noise, latents, denoiser, scheduler)
+        draw_stages(plot, noise, division, power, threshold, snr_weight, measured)
     if as_json:
         print_json(
             {
@@ -117,17 +117,27 @@ def _ddim(noise: Any) -> Any:
     return DDIMScheduler(num_train_timesteps=len(noise), trained_betas=betas.tolist())
 
 
-def _read_model(model: str) -> tuple[Any, Any]:
-    """Return a model's scheduler and, where it carries its own data, its latents."""
+def _measure(noise: Any, latents: Any, denoiser: Any, scheduler: Any) -> dict[str, Any]:
+    from .plots import measured_mse, trajectory_mse
+
+    return {
+        "noised latents": measured_mse(noise, latents),
+        "sampling trajectories": trajectory_mse(denoiser, scheduler),
+    }
+
+
+def _read_model(model: str) -> tuple[Any, Any, Any]:
+    """Return a model's scheduler, its latents where it carries its own data, and its denoiser."""
     import torch
 
-    from ..sources import DIGITS, load_calibration, load_pipeline
+    from ..sources import DIGITS, find_denoiser, load_calibration, load_pipeline
 
     pipe = load_pipeline(model)
     latents = None
     if model == DIGITS:
         latents = torch.cat([batch for batch, _ in load_calibration(None, pipe)])
-    return type(pipe.scheduler).from_config(pipe.scheduler.config), latents
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    return scheduler, latents, find_denoiser(pipe)[1]
 
 
 def _print_table(
