@@ -78,7 +78,7 @@ def hessian_finalize_(h: Tensor, total_weight: float, sum_x: Tensor | None = Non
         ValueError: no sample was seen (``total_weight`` is 0), diag(H) or sum_x is not finite, or
             an argument is not as described.
 
-    Source: method, section 4 (numerics): a layer without samples is an error, not a zero layer.
+    A layer without samples is an error, never a layer of zeros.
     """
     name = "hessian_finalize_"
     _check_accumulator(name, h, sum_x)

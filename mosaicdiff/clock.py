@@ -170,9 +170,10 @@ def _wrap_set_timesteps(method: Any) -> Any:
 
     @functools.wraps(method)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # Worked out on the CPU and moved afterwards: reading it back would wait for the device.
+        # Schedulers with sigmas keep those on the CPU. Those without (DDIM, DDPM) have only their
+        # timesteps: made on the CPU and moved afterwards, since reading back waits for the device.
         bound = signature.bind(self, *args, **kwargs)
-        device = bound.arguments.get("device")
+        device = None if hasattr(self, "sigmas") else bound.arguments.get("device")
         if device is not None:
             bound.arguments["device"] = torch.device("cpu")
         result = method(*bound.args, **bound.kwargs)

@@ -145,6 +145,26 @@ def make_clock():
     return StageClock(divide(NoiseSchedule.named("linear")))
 
 
+@pytest.mark.parametrize(
+    "cls, device",
+    [
+        (DDIMScheduler, None),
+        (DDIMScheduler, "meta"),
+        (DDPMScheduler, "meta"),
+        (EulerDiscreteScheduler, "cpu"),
+    ],
+)
+def test_timesteps_end_up_where_they_were_asked(cls, device):
+    """On `meta` any read of the timesteps would raise, as it would wait on a GPU."""
+    plain, followed, clock = linear_scheduler(cls), linear_scheduler(cls), make_clock()
+    clock.attach(followed)
+    for scheduler in (plain, followed):
+        scheduler.set_timesteps(10, device=device)
+    assert followed.timesteps.device == plain.timesteps.device
+    assert followed.timesteps.dtype == plain.timesteps.dtype
+    assert followed.timesteps.shape == plain.timesteps.shape
+
+
 def test_two_clocks_on_one_scheduler():
     scheduler, first, second = linear_scheduler(), make_clock(), make_clock()
     first.attach(scheduler)
