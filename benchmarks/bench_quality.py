@@ -11,6 +11,7 @@ in float32. Pruned and dense pictures have the same noise; the seed is that of c
 """
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -141,8 +142,8 @@ class Study:
         upsert_row(FILE, KEY, row)
 
 
-def jobs_of(part: str) -> list[dict]:
-    """List what a part measures."""
+def jobs_of(part: str, sparsities: Sequence[float]) -> list[dict]:
+    """List what a part measures; `sparsities` are those of the table."""
     if part == "headline":
         return [
             {"sparsity": 0.3, "factors": f, "images": 2000, "guidances": (1.0, 1.5), "seed": seed}
@@ -162,7 +163,7 @@ def jobs_of(part: str) -> list[dict]:
             {"sparsity": 0.3, "factors": f, **one}
             for f in (DEFAULT, ("magnitude", "none", "score"))
         ]
-    return [{"sparsity": s, "factors": f, **one} for s in SPARSITIES for f in FACTORS]
+    return [{"sparsity": s, "factors": f, **one} for s in sparsities for f in FACTORS]
 
 
 def main() -> None:
@@ -170,13 +171,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("part", choices=("table", "headline", "cap", "trial"))
-    part = parser.parse_args().part
+    parser.add_argument("--sparsities", nargs="+", type=float, default=SPARSITIES, help="of table")
+    args = parser.parse_args()
     study = Study()
     with Progress() as progress:
-        jobs = jobs_of(part)
-        task = progress.add_task(part, total=len(jobs))
+        jobs = jobs_of(args.part, args.sparsities)
+        task = progress.add_task(args.part, total=len(jobs))
         for job in jobs:
-            progress.update(task, description=f"{part} {job['sparsity']} {job['factors']}")
+            progress.update(task, description=f"{args.part} {job['sparsity']} {job['factors']}")
             study.measure(**job)
             progress.advance(task)
 

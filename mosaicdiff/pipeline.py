@@ -13,10 +13,11 @@ import torch
 from diffusers import DiffusionPipeline
 
 from .adapters import Adapter, adapter_for
+from .bank import HessianBank
 from .calibrate import Batch, CalibrationSet, collect_statistics
 from .checkpoint import storage_of
 from .config import PruneConfig
-from .groups import Denoiser
+from .groups import Denoiser, PrunableLayer
 from .pack import Parts, dense_parts, narrow_parts
 from .planning import PrunePlan, make_plan
 from .report import LayerReport, PruneReport, StageReport
@@ -131,10 +132,8 @@ def _prepare(
             "It says how noisy each timestep is."
         )
     layers = adapter.layers(denoiser)
-    NoiseSchedule.from_scheduler(scheduler)
-    make_plan(
-        layers, scheduler, config
-    )  # refuses what no calibration could save, before reading it
+    # Refuse what no calibration could save before reading it; the power of its latents comes later.
+    make_plan(layers, scheduler, config)
     if calibration is None or isinstance(calibration, (str, Path)):
         if pipeline is None:
             raise ValueError(
@@ -149,7 +148,6 @@ def _prepare(
 
 def _solve_stages(job: _Job, tell: Progress) -> list[dict[str, LayerSolution]]:
     """Calibrate and solve stage after stage; a stage that gives nothing up is skipped."""
-    schedule = NoiseSchedule.from_scheduler(job.scheduler)
     generator = torch.Generator().manual_seed(job.config.seed)
     busy = [k for k, removed in enumerate(job.plan.removed) if any(removed)]
     total, done = len(busy) * job.config.samples, 0
@@ -158,50 +156,54 @@ def _solve_stages(job: _Job, tell: Progress) -> list[dict[str, LayerSolution]]:
     job.denoiser.eval()
     try:
         for k in busy:
-            stage = job.plan.division.stages[k]
-            chosen = [
-                (layer, n)
-                for layer, n in zip(job.plan.layers, job.plan.removed[k], strict=True)
-                if n
-            ]
+            name = job.plan.division.stages[k].name
 
-            def advance(rows: int, name: str = stage.name) -> None:
+            def advance(rows: int, name: str = name) -> None:
                 nonlocal done
                 done += rows
                 tell(f"calibrate {name}", done, total)
 
-            bank = collect_statistics(
-                job.denoiser,
-                job.adapter,
-                [layer for layer, _ in chosen],
-                stage,
-                schedule,
-                job.data,
-                job.config,
-                advance,
-            )
-            tell(f"prune {stage.name}", done, total)
-            problems = []
-            for layer, remove in chosen:
-                reader = job.denoiser.get_submodule(layer.reader)
-                bias = None if reader.bias is None else reader.bias.detach()
-                statistics = bank.finalize(layer.reader)
-                problems.append(
-                    LayerProblem(layer, reader.weight.detach(), bias, statistics, remove)
-                )
-            solved = solve_layers(
-                problems,
-                job.config.criterion,
-                job.config.compensation,
-                job.config.damping,
-                generator,
-            )
-            solutions[k] = {
-                problem.layer.name: s for problem, s in zip(problems, solved, strict=True)
-            }
+            bank = _calibrate(job, k, advance)
+            tell(f"prune {name}", done, total)
+            solutions[k] = _solve(job, k, bank, generator)
     finally:
         job.denoiser.train(training)
     return solutions
+
+
+def _chosen(job: _Job, stage: int) -> list[tuple[PrunableLayer, int]]:
+    """List the layers of a stage that give something up, with how many groups."""
+    rows = zip(job.plan.layers, job.plan.removed[stage], strict=True)
+    return [(layer, count) for layer, count in rows if count]
+
+
+def _calibrate(job: _Job, stage: int, advance: Callable[[int], None]) -> HessianBank:
+    return collect_statistics(
+        job.denoiser,
+        job.adapter,
+        [layer for layer, _ in _chosen(job, stage)],
+        job.plan.division.stages[stage],
+        NoiseSchedule.from_scheduler(job.scheduler),
+        job.data,
+        job.config,
+        advance,
+    )
+
+
+def _solve(
+    job: _Job, stage: int, bank: HessianBank, generator: torch.Generator
+) -> dict[str, LayerSolution]:
+    problems = []
+    for layer, remove in _chosen(job, stage):
+        reader = job.denoiser.get_submodule(layer.reader)
+        bias = None if reader.bias is None else reader.bias.detach()
+        statistics = bank.finalize(layer.reader)
+        problems.append(LayerProblem(layer, reader.weight.detach(), bias, statistics, remove))
+    config = job.config
+    solved = solve_layers(
+        problems, config.criterion, config.compensation, config.damping, generator
+    )
+    return {p.layer.name: solution for p, solution in zip(problems, solved, strict=True)}
 
 
 def cut(denoiser: Denoiser, config: PruneConfig, *, scheduler: Any) -> StagedDenoiser:

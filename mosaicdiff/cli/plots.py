@@ -109,10 +109,16 @@ def draw_stages(
     figure.savefig(path, dpi=130)
 
 
-def picture_grid(images: torch.Tensor, columns: int, scale: int = 2) -> np.ndarray:
-    """Tile images (N, C, H, W) in [-1, 1] into one uint8 array (H', W', C), enlarged."""
+def picture_grid(images: torch.Tensor, columns: int, scale: int = 2, gap: int = 0) -> np.ndarray:
+    """Tile images (N, C, H, W) in [-1, 1] into one uint8 array (H', W', C).
+
+    Args:
+        scale: every pixel becomes this many in both directions.
+        gap: grey pixels on every side of a tile, so that bright pictures do not run together.
+    """
     tiles = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     tiles = tiles.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    tiles = torch.nn.functional.pad(tiles, (gap,) * 4, value=96)
     count, channels, height, width = tiles.shape
     rows = -(-count // columns)
     sheet = torch.zeros(rows * columns, channels, height, width, dtype=torch.uint8)
@@ -130,7 +136,7 @@ def write_comparison_grid(
     figure = Figure(figsize=(5 * len(images), 5.4), layout="constrained")
     axes = figure.subplots(1, len(images), squeeze=False)[0]
     for axis, (name, sheet) in zip(axes, images.items(), strict=True):
-        grid = picture_grid(sheet[: columns * columns], columns)
+        grid = picture_grid(sheet[: columns * columns], columns, gap=2)
         axis.imshow(grid.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axis.set_title(titles[name], fontsize=10)
         axis.axis("off")
