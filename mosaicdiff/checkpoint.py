@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .adapters import Adapter, adapter_for_class
-from .files import whole_folder, write_text
+from .files import current_umask, whole_folder, write_text
 from .groups import PrunableLayer
 from .pack import Parts, narrow_parts
 from .runtime import LayerState, StagedDenoiser, StageInfo
@@ -44,6 +44,7 @@ def _write(staged: StagedDenoiser, folder: Path, variant: str | None) -> None:
     weights = folder / weights_name(variant)
     partial = weights.with_name(weights.name + ".partial")
     save_file(tensors, partial, metadata={"format": "pt"})
+    partial.chmod(0o666 & ~current_umask())  # safetensors makes it readable to its owner alone
     partial.replace(weights)
     info = staged.info
     if info.report:

@@ -42,7 +42,7 @@ def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     old = temporary.with_name(temporary.name + ".old")
     try:
         yield temporary
-        temporary.chmod(0o755)
+        temporary.chmod(0o777 & ~current_umask())
         if path.exists():
             path.rename(old)
         temporary.rename(path)
@@ -53,6 +53,13 @@ def whole_folder(path: Path, overwrite: bool = False) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def current_umask() -> int:
+    """Return the process's umask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def write_text(path: Path, text: str) -> None:

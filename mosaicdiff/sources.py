@@ -15,6 +15,7 @@ from torch import nn
 from . import digits
 from .calibrate import Batch
 from .groups import Denoiser
+from .runtime import StagedDenoiser
 
 #: Name of the embedded model, wherever a model is asked for.
 DIGITS = "digits"
@@ -33,10 +34,16 @@ def load_pipeline(
         ValueError: there is no such model, or the folder holds no pipeline.
     """
     path = digits.MODEL_FOLDER if str(model) == DIGITS else Path(model)
+    if (path / "config.json").is_file() and not (path / "model_index.json").is_file():
+        raise ValueError(
+            f"load_pipeline: {path} must be a whole pipeline, but it is a single model. "
+            "Load it by its class (StagedDenoiser.from_pretrained for a pruned one), or give the "
+            "folder that the pipeline's save_pretrained wrote."
+        )
     if path.exists() and not (path / "model_index.json").is_file():
         raise ValueError(
             f"load_pipeline: {path} must be a diffusers pipeline folder, but it holds no "
-            "model_index.json. Give the folder that save_pretrained wrote."
+            "model_index.json. Give the folder that the pipeline's save_pretrained wrote."
         )
     name = str(path) if path.exists() else str(model)
     if not path.exists() and (name.count("/") != 1 or name.startswith((".", "/"))):
@@ -78,6 +85,16 @@ def source_name(pipe: DiffusionPipeline | None) -> str | None:
     if origin and Path(origin).resolve() == digits.MODEL_FOLDER.resolve():
         return DIGITS
     return origin
+
+
+def class_count(pipe: DiffusionPipeline) -> int:
+    """Return how many classes a class-conditional pipeline was trained on.
+
+    The embedded model has ten, though its table is as long as DiTPipeline's null label demands.
+    """
+    _, denoiser = find_denoiser(pipe)
+    origin = denoiser.info.source if isinstance(denoiser, StagedDenoiser) else source_name(pipe)
+    return digits.CLASSES if origin == DIGITS else denoiser.config.num_embeds_ada_norm
 
 
 def load_calibration(source: str | Path | None, pipe: DiffusionPipeline) -> list[Batch]:

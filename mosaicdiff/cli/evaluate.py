@@ -63,7 +63,8 @@ def evaluate(
 
     Prints parameters, bytes, MACs and time, and the mean squared difference of the pictures. For
     the embedded digits also the share of pictures that a classifier reads as asked, and the
-    Frechet distance to the data set in its features.
+    Frechet distance to the data set in its features. That distance is biased upwards for few
+    pictures: compare it only at one --num-images.
     """
     check_positive(num_images=num_images, steps=steps, batch_size=batch_size)
     if num_images < 2:
@@ -72,7 +73,7 @@ def evaluate(
     number = pick_dtype(dtype, target)
     from ..evaluate import DigitsJudge, compare
     from ..runtime import StagedDenoiser
-    from ..sources import DIGITS, find_denoiser, load_pipeline, source_name
+    from ..sources import DIGITS, class_count, find_denoiser, load_pipeline, source_name
     from .plots import check_plot_file, write_comparison_grid
 
     if grid is not None:
@@ -94,7 +95,7 @@ def evaluate(
             dense,
             pruned,
             judge=DigitsJudge() if is_digits else None,
-            classes=10,
+            classes=class_count(dense),
             num_images=num_images,
             steps=steps,
             guidance_scale=guidance_scale,
@@ -152,6 +153,11 @@ def _print_comparison(result: Comparison) -> None:
     table.add_row("bytes on disk", human_bytes(dense.bytes), human_bytes(pruned.bytes), "")
     if dense.frechet is not None and pruned.frechet is not None:
         table.add_row("conditional accuracy", f"{dense.accuracy:.2%}", f"{pruned.accuracy:.2%}", "")
-        table.add_row("Frechet distance", f"{dense.frechet:.2f}", f"{pruned.frechet:.2f}", "")
+        table.add_row(
+            "Frechet distance",
+            f"{dense.frechet:.2f}",
+            f"{pruned.frechet:.2f}",
+            f"of {result.num_images}",
+        )
     table.add_row("squared error to dense", "-", f"{pruned.mse_to_dense:.4f}", "")
     console().print(table)

@@ -64,11 +64,11 @@ def generate(
     from PIL import Image
 
     from ..evaluate.sampling import sample_images
-    from ..sources import find_denoiser, load_pipeline
+    from ..sources import class_count, load_pipeline
     from .plots import picture_grid
 
     pipe = load_pipeline(model, pick_dtype(dtype, target), target)
-    known = find_denoiser(pipe)[1].config.num_embeds_ada_norm
+    known = class_count(pipe)
     if any(not 0 <= label < known for label in labels):
         raise ValueError(f"--classes must be in 0..{known - 1}, got {classes}.")
     (output.parent if single else output).mkdir(parents=True, exist_ok=True)

@@ -75,13 +75,18 @@ _FIELDS = (
     help="3, 1, or timesteps that part the stages: 104,570.",
 )
 @click.option(
-    "--criterion", type=click.Choice(CRITERIA), default=_DEFAULTS.criterion, show_default=True
+    "--criterion",
+    type=click.Choice(CRITERIA),
+    default=_DEFAULTS.criterion,
+    show_default=True,
+    help="What is worth keeping: second order, or a baseline.",
 )
 @click.option(
     "--compensation",
     type=click.Choice(COMPENSATIONS),
     default=_DEFAULTS.compensation,
     show_default=True,
+    help="How what is kept is refitted: least squares, with a new bias too, or not.",
 )
 @click.option(
     "--calibration",
@@ -109,8 +114,18 @@ _FIELDS = (
     show_default=True,
     help="Sampling steps that the plan is made for.",
 )
-@click.option("--threshold", default=_DEFAULTS.threshold, show_default=True, help="M.")
-@click.option("--snr-weight", default=_DEFAULTS.snr_weight, show_default=True, help="lambda.")
+@click.option(
+    "--threshold",
+    default=_DEFAULTS.threshold,
+    show_default=True,
+    help="M: the middle stage is where the score is at least this share of its largest.",
+)
+@click.option(
+    "--snr-weight",
+    default=_DEFAULTS.snr_weight,
+    show_default=True,
+    help="lambda: weight of ln SNR in the score.",
+)
 @click.option(
     "--max-sparsity",
     default=_DEFAULTS.max_sparsity,
@@ -154,12 +169,17 @@ def prune(context: click.Context, as_json: bool, **options: Any) -> None:
     dtype = pick_dtype(options["dtype"], device)
     from ..files import check_output_folder, whole_folder
     from ..pipeline import prune as run
-    from ..sources import load_pipeline
+    from ..sources import DIGITS, load_pipeline
 
     check_output_folder(output, options["overwrite"])
+    calibration = options["calibration"]
+    if calibration is not None and not Path(calibration).exists():
+        raise ValueError(
+            f"calibration: {calibration} must be a folder or a file, but there is none."
+        )
     pipe = load_pipeline(options["model"], dtype, device)
     if options["dry_run"]:
-        _dry_run(pipe, config, options["calibration"], as_json)
+        _dry_run(pipe, config, calibration, as_json)
         return
     with progress_bar() as bar:
         task = bar.add_task("prepare", total=None)
@@ -167,7 +187,9 @@ def prune(context: click.Context, as_json: bool, **options: Any) -> None:
         def tell(what: str, done: int, total: int) -> None:
             bar.update(task, description=what, completed=done, total=total)
 
-        result = run(pipe, config, calibration=options["calibration"], progress=tell)
+        result = run(pipe, config, calibration=calibration, progress=tell)
+    if result.denoiser.info.source == DIGITS:
+        pipe.register_to_config(_name_or_path=DIGITS)  # not the place it is installed at
     with whole_folder(output, options["overwrite"]) as temporary:
         pipe.save_pretrained(temporary)
     report = result.report

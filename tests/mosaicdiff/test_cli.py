@@ -65,6 +65,10 @@ def test_prune_writes_a_whole_folder(pruned):
     assert (output / "model_index.json").is_file()
     assert [path.name for path in output.parent.iterdir()] == ["digits-30"]
     assert not list(output.rglob("*.bin")) and not list(output.rglob("*.pt"))
+    index = json.loads((output / "model_index.json").read_text())
+    assert index["_name_or_path"] == "digits"
+    modes = {path.stat().st_mode for path in (output / "transformer").iterdir()}
+    assert len(modes) == 1
 
 
 def test_info(pruned):
@@ -292,7 +296,10 @@ def test_images_by_class_calibrate(tmp_path):
         (("stages", "--schedule", "linear", "--threshold", "2"), "threshold must be in (0, 1)"),
         (("stages", "--schedule", "linear", "--plot", "x.txt"), "--plot must end in"),
         (("generate", "digits", "--classes", "a", "--output", "x.png"), "--classes must be whole"),
-        (("generate", "digits", "--classes", "1000", "--output", "x.png"), "must be in 0..999"),
+        (
+            ("generate", "digits", "--classes", "3,12", "--output", "x.png"),
+            "must be in 0..9, got 3,12",
+        ),
         (("generate", "digits", "--prompt", "a cat", "--output", "x.png"), "--prompt needs"),
         (("generate", "digits", "--steps", "0", "--output", "x.png"), "--steps must be at least 1"),
         (("evaluate", "digits"), "--against must name the dense model"),
