@@ -31,7 +31,7 @@ class PruneConfig:
             boundary belongs to the noisier side. Any number of stages.
         threshold: M, the share of the largest score at which the middle stage begins.
         snr_weight: lambda, the weight of ln SNR in the score.
-        max_sparsity: the most that one stage may give.
+        max_sparsity: the most that one stage may give (benchmarks.bench_quality cap).
         criterion: `obs`, or a baseline: `magnitude`, `wanda`, `random`.
         compensation: `plain` least squares on what is kept, `affine` with a new bias, `none`.
         steps: sampling steps that the plan is made for.
@@ -54,7 +54,7 @@ class PruneConfig:
     boundaries: tuple[int, ...] | None = None
     threshold: float = 0.55
     snr_weight: float = 0.01
-    max_sparsity: float = 0.8
+    max_sparsity: float = 0.95
     criterion: str = "obs"
     compensation: str = "plain"
     steps: int = 50

@@ -203,7 +203,7 @@ def test_bad_calibration_is_refused(tmp_path, case):
     [
         (("digits", "--sparsity", "1.0"), "sparsity must be in [0, 1)"),
         (("digits", "--sparsity", "-0.5"), "sparsity must be in [0, 1)"),
-        (("digits", "--sparsity", "0.95"), "sparsity must be at most 0.8"),
+        (("digits", "--sparsity", "0.97"), "sparsity must be at most 0.95"),
         (("nothing-of-the-kind",), "must be 'digits', a local folder or a Hub id"),
         (("FOLDER",), "holds no model_index.json"),
         (("digits", "--device", "abacus"), "--device must be auto, cpu or cuda"),
