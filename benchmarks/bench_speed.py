@@ -19,8 +19,9 @@ from mosaicdiff.pipeline import cut
 from mosaicdiff.sources import find_denoiser, load_pipeline
 
 FILE = RESULTS / "speed.csv"
-KEY = ("model", "sparsity", "batch_size", "device", "dtype", "threads")
-CASES = {"dit-xl-2": (0.33, 2, 5), "dit-b-4": (0.33, 8, 15), "digits": (0.3, 64, 40)}
+KEY = ("model", "sparsity", "round_to", "batch_size", "device", "dtype", "threads")
+#: Sparsity, rows of a call, repeats.
+CASES = {"dit-xl-2": (0.33, 2, 3), "dit-b-4": (0.33, 8, 15), "digits": (0.3, 64, 40)}
 
 
 def main() -> None:
@@ -30,11 +31,13 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=tuple(CASES), default=tuple(CASES))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--round-to", type=int, default=64, help="kept neurons, not of digits")
     args = parser.parse_args()
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     for model in args.models:
         sparsity, batch_size, repeats = CASES[model]
-        config = PruneConfig(sparsity=sparsity)
+        round_to = 1 if model == "digits" else args.round_to
+        config = PruneConfig(sparsity=sparsity, round_to=round_to)
         if model == "digits":
             pipe = load_pipeline("digits", dtype, device)
             dense = find_denoiser(pipe)[1]
@@ -46,6 +49,7 @@ def main() -> None:
         row = {
             "model": model,
             "sparsity": sparsity,
+            "round_to": round_to,
             "batch_size": batch_size,
             "dtype": args.dtype,
             "repeats": repeats,

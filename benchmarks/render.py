@@ -123,13 +123,14 @@ def cap_table() -> str:
 
 def speed_table() -> str:
     lines = [
-        "| model | sparsity | rows | type | dense call | speed-up | fewer MACs | efficiency |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | sparsity | neurons kept in | rows | type | dense call | speed-up | fewer MACs "
+        "| efficiency |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in read_rows(RESULTS / "speed.csv"):
         lines.append(
-            f"| {r['model']} | {float(r['sparsity']):.0%} | {r['batch_size']} | {r['dtype']}, "
-            f"{r['device']}, {r['threads']} threads | {float(r['dense_ms']):.1f} ms | "
+            f"| {r['model']} | {float(r['sparsity']):.0%} | {r['round_to']}s | "
+            f"{r['batch_size']} | {r['dtype']}, {r['device']}, {r['threads']} threads | {float(r['dense_ms']):.1f} ms | "
             f"{float(r['speedup']):.3f}x | {float(r['macs_ratio']):.3f}x | "
             f"{float(r['efficiency']):.3f} |"
         )
@@ -143,11 +144,12 @@ def draw_quality(path: Path) -> None:
     rows = quality_rows(512)
     dense = float(next(r for r in rows if r["criterion"] == "dense")["frechet"])
     rows = [r for r in rows if r["max_sparsity"] == default_cap()]
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for factors, (label, colour, style) in DRAWN.items():
         found = sorted(
-            (r for r in rows if factors_of(r) == factors), key=lambda r: float(r["sparsity"])
+            (r for r in rows if factors_of(r) == factors and float(r["sparsity"]) <= 0.5),
+            key=lambda r: float(r["sparsity"]),
         )
         x = [100 * float(r["sparsity"]) for r in found]
         left.plot(x, [float(r["frechet"]) for r in found], style, color=colour, label=label)
@@ -158,7 +160,7 @@ def draw_quality(path: Path) -> None:
     for axis in (left, right):
         axis.set_yscale("log")
         axis.set_xlabel("prunable MACs removed, mean over 50 steps (%)")
-    left.legend(fontsize=7)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=130)
 
 

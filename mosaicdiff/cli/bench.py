@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 @click.option("--batch-size", default=2, show_default=True, help="Rows of one call.")
 @click.option("--steps", default=50, show_default=True, help="Steps of the plan (configurations).")
 @click.option("--sparsity", default=0.33, show_default=True, help="For configurations.")
-@click.option("--round-to", default=1, show_default=True, help="For configurations.")
+@click.option("--round-to", default=64, show_default=True, help="For configurations.")
 @click.option("--repeats", default=10, show_default=True, help="Rounds over all networks.")
 @device_option
 @dtype_option
