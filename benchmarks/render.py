@@ -130,7 +130,8 @@ def speed_table() -> str:
     for r in read_rows(RESULTS / "speed.csv"):
         lines.append(
             f"| {r['model']} | {float(r['sparsity']):.0%} | {r['round_to']}s | "
-            f"{r['batch_size']} | {r['dtype']}, {r['device']}, {r['threads']} threads | {float(r['dense_ms']):.1f} ms | "
+            f"{r['batch_size']} | {r['dtype']}, {r['device']}, {r['threads']} threads | "
+            f"{float(r['dense_ms']):.1f} ms | "
             f"{float(r['speedup']):.3f}x | {float(r['macs_ratio']):.3f}x | "
             f"{float(r['efficiency']):.3f} |"
         )
