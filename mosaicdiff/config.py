@@ -189,10 +189,10 @@ class PruneConfig:
         Raises:
             ValueError: the file is missing, is not a JSON object, or a field is wrong.
         """
-        return cls.from_dict(read_config_file(path))
+        return cls.from_dict(_read_object(path))
 
 
-def read_config_file(path: str | Path) -> dict[str, Any]:
+def _read_object(path: str | Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:

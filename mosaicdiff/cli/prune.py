@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from ..config import ALLOCATIONS, COMPENSATIONS, CRITERIA, PruneConfig, read_config_file
+from ..config import ALLOCATIONS, COMPENSATIONS, CRITERIA, PruneConfig
 from .common import (
     console,
     device_option,
@@ -214,7 +214,7 @@ def prune(context: click.Context, as_json: bool, **options: Any) -> None:
 def _read_config(context: click.Context, options: dict[str, Any]) -> PruneConfig:
     """Merge defaults, the file, and the options given on the command line, in that order."""
     file = options["config_file"]
-    values = PruneConfig.from_dict(read_config_file(file)).to_dict() if file else {}
+    values = PruneConfig.from_file(file).to_dict() if file else {}
 
     def given(name: str) -> bool:
         return not file or context.get_parameter_source(name) == ParameterSource.COMMANDLINE
