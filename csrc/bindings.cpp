@@ -5,10 +5,13 @@
 
 #include <array>
 #include <cstdint>
+#include <tuple>
+#include <vector>
 
 #include "checks.h"
 #include "cpu/cholesky.h"
 #include "cpu/hessian.h"
+#include "cpu/product.h"
 #include "cpu/prune.h"
 #ifdef MOSAIC_WITH_CUDA
 #include "cuda/prune.h"
@@ -42,6 +45,57 @@ void invert_factor(Address blocks, std::int64_t batch, std::int64_t width,
   auto* flags = pointer<std::uint8_t>(failed, "invert_factor", "failed");
   py::gil_scoped_release release;
   mosaic::invert_factor(first, batch, width, batch_stride, ld, flags, threads);
+}
+
+template <class T>
+void invert_matrices(Address matrices, std::int64_t batch, std::int64_t n, Address failed,
+                     int threads) {
+  T* first = pointer<T>(matrices, "invert_matrices", "matrices");
+  auto* flags = pointer<std::uint8_t>(failed, "invert_matrices", "failed");
+  py::gil_scoped_release release;
+  mosaic::invert_matrices(first, batch, n, flags, threads);
+}
+
+// An operand of add_product: address, mosaic::Element, strides along depth and width. A term: two
+// operands and their depth.
+using OperandTuple = std::tuple<Address, int, std::int64_t, std::int64_t>;
+using TermTuple = std::tuple<OperandTuple, OperandTuple, std::int64_t>;
+
+mosaic::Operand make_operand(const OperandTuple& from, std::size_t element_bytes) {
+  const auto [address, type, k_stride, i_stride] = from;
+  require(element_bytes == 8 ? type == 1 : type == 0 || type == 2 || type == 3, "add_product",
+          "operand", "f64 for a result in double, or f32, bf16 or f16 for one in float", type);
+  return {pointer<const std::uint16_t>(address, "add_product", "operand"),
+          static_cast<mosaic::Element>(type), k_stride, i_stride};
+}
+
+template <class T>
+void add_product(Address c, std::int64_t c_stride, const std::vector<TermTuple>& from,
+                 std::int64_t rows, std::int64_t columns, double alpha, bool lower, int threads) {
+  std::vector<mosaic::Term> terms;
+  for (const auto& [p, q, depth] : from) {
+    require(depth >= 0, "add_product", "depth", "at least 0", depth);
+    terms.push_back({make_operand(p, sizeof(T)), make_operand(q, sizeof(T)), depth});
+  }
+  const mosaic::Product<T> product{pointer<T>(c, "add_product", "c"),
+                                   c_stride,
+                                   terms.data(),
+                                   static_cast<int>(terms.size()),
+                                   rows,
+                                   columns,
+                                   static_cast<T>(alpha),
+                                   lower};
+  py::gil_scoped_release release;
+  mosaic::add_product(product, threads);
+}
+
+template <class T>
+void pack_lower(Address matrices, std::int64_t batch, std::int64_t n, Address kept,
+                std::int64_t count) {
+  T* first = pointer<T>(matrices, "pack_lower", "matrices");
+  const auto* indices = pointer<const std::int64_t>(kept, "pack_lower", "kept");
+  py::gil_scoped_release release;
+  mosaic::pack_lower(first, batch, n, indices, count);
 }
 
 // The nine arrays of a panel, in the order of mosaic::Panel.
@@ -124,6 +178,44 @@ PYBIND11_MODULE(_C, module) {
       },
       py::arg("blocks"), py::arg("batch"), py::arg("width"), py::arg("batch_stride"),
       py::arg("ld"), py::arg("failed"), py::arg("element_bytes"), py::arg("threads"));
+
+  module.def(
+      "invert_matrices",
+      [](Address matrices, std::int64_t batch, std::int64_t n, Address failed, int element_bytes,
+         int threads) {
+        check_common("invert_matrices", element_bytes, n, threads);
+        require(batch >= 1, "invert_matrices", "batch", "at least 1", batch);
+        (element_bytes == 4 ? invert_matrices<float> : invert_matrices<double>)(
+            matrices, batch, n, failed, threads);
+      },
+      py::arg("matrices"), py::arg("batch"), py::arg("n"), py::arg("failed"),
+      py::arg("element_bytes"), py::arg("threads"));
+
+  module.def(
+      "add_product",
+      [](Address c, std::int64_t c_stride, const std::vector<TermTuple>& terms, std::int64_t rows,
+         std::int64_t columns, double alpha, bool lower, int element_bytes, int threads) {
+        check_common("add_product", element_bytes, rows, threads);
+        require(columns >= 1 && columns <= c_stride, "add_product", "columns",
+                "between 1 and c_stride", columns);
+        (element_bytes == 4 ? add_product<float> : add_product<double>)(
+            c, c_stride, terms, rows, columns, alpha, lower, threads);
+      },
+      py::arg("c"), py::arg("c_stride"), py::arg("terms"), py::arg("rows"), py::arg("columns"),
+      py::arg("alpha"), py::arg("lower"), py::arg("element_bytes"), py::arg("threads"));
+
+  module.def(
+      "pack_lower",
+      [](Address matrices, std::int64_t batch, std::int64_t n, Address kept, std::int64_t count,
+         int element_bytes) {
+        check_common("pack_lower", element_bytes, n, 1);
+        require(batch >= 1, "pack_lower", "batch", "at least 1", batch);
+        require(count >= 1 && count <= n, "pack_lower", "count", "between 1 and n", count);
+        (element_bytes == 4 ? pack_lower<float> : pack_lower<double>)(matrices, batch, n, kept,
+                                                                      count);
+      },
+      py::arg("matrices"), py::arg("batch"), py::arg("n"), py::arg("kept"), py::arg("count"),
+      py::arg("element_bytes"));
 
   module.def(
       "prune_panel",

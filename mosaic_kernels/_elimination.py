@@ -105,7 +105,7 @@ def initial_state(weight: Tensor, inverse: Tensor, group_size: int) -> State:
     batch, n = inverse.shape[:2]
     groups = n // group_size
     gram = inverse.new_zeros(inverse.shape)
-    _products.add_product_lower_(gram, weight, weight, 1.0)
+    _products.add_product_lower_(gram, (weight, weight))
     return State(
         inverse.clone(memory_format=torch.contiguous_format),
         gram,
@@ -126,9 +126,9 @@ def diagonal_blocks(matrix: Tensor, width: int) -> Tensor:
 
 def apply(state: State, panel: Panel) -> None:
     """Take the panel out of A and G: A -= U^T U, G -= U^T V + V^T U."""
-    left, right = torch.cat((panel.u, panel.v), 1), torch.cat((panel.v, panel.u), 1)
-    _products.add_product_lower_(state.inverse, panel.u, panel.u, -1.0)
-    _products.add_product_lower_(state.gram, left, right, -1.0)
+    u, v = panel.u, panel.v
+    _products.add_product_lower_(state.inverse, (u, u), alpha=-1.0)
+    _products.add_product_lower_(state.gram, (u, v), (v, u), alpha=-1.0)
 
 
 def pack(state: State, panel: Panel, removed: int) -> None:
@@ -140,8 +140,8 @@ def pack(state: State, panel: Panel, removed: int) -> None:
     kept = state.alive.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :rest]
     offsets = torch.arange(state.group_size, device=kept.device)
     columns = (kept[:, :, None] * state.group_size + offsets).reshape(batch, -1)
-    state.inverse = take_square(state.inverse, columns)
-    state.gram = take_square(state.gram, columns)
+    state.inverse = pack_square(state.inverse, columns)
+    state.gram = pack_square(state.gram, columns)
     blocks = kept[:, :, None, None].expand(-1, -1, state.group_size, state.group_size)
     state.inverse_blocks = state.inverse_blocks.gather(1, blocks)
     state.gram_blocks = state.gram_blocks.gather(1, blocks)
@@ -151,8 +151,19 @@ def pack(state: State, panel: Panel, removed: int) -> None:
     panel.u, panel.v = panel.u.gather(2, wanted), panel.v.gather(2, wanted)
 
 
-def take_square(matrix: Tensor, columns: Tensor) -> Tensor:
-    """Return the rows and columns ``columns`` (B, k) of each (n, n) matrix; order is kept."""
+def pack_square(matrix: Tensor, columns: Tensor) -> Tensor:
+    """Return the rows and columns ``columns`` (B, k), ascending, of (B, n, n) lower triangles.
+
+    On the CPU with the compiled module in the memory of ``matrix``, which is of no use then.
+    """
+    if matrix.device.type == "cpu" and EXTENSION.module is not None:
+        batch, n = matrix.shape[:2]
+        count = columns.shape[1]
+        if count:
+            EXTENSION.module.pack_lower(
+                matrix.data_ptr(), batch, n, columns.data_ptr(), count, matrix.element_size()
+            )
+        return matrix.flatten()[: batch * count * count].view(batch, count, count)
     taken = [m.index_select(0, c).index_select(1, c) for m, c in zip(matrix, columns, strict=True)]
     return torch.stack(taken)
 

@@ -1,13 +1,16 @@
-"""Batched products of triangular and symmetric matrices, by blocks of torch's dense products.
+"""Batched products of triangular and symmetric matrices.
 
-Half of a symmetric result is enough, and half of a triangular operand is zero: cutting the
-product into blocks leaves out most of what is not needed and keeps the speed of a dense product.
+Half of a symmetric result is enough. On the CPU the compiled ``add_product`` computes just that
+half; elsewhere torch's dense products do, in blocks that leave out most of what is not needed.
 """
 
 from collections.abc import Iterator
 from itertools import pairwise
 
+import torch
 from torch import Tensor
+
+from mosaic_kernels._extension import EXTENSION
 
 BLOCK = 512
 ALIGN = 16  # rows of a block start on a cache line
@@ -23,21 +26,57 @@ def blocks(n: int) -> Iterator[tuple[int, int]]:
     yield from pairwise(bounds)
 
 
-def add_product_lower_(c: Tensor, p: Tensor, q: Tensor, alpha: float) -> None:
-    """Add alpha * P^T Q to the lower triangle of C; the upper one is left undefined.
+#: mosaic::Element of csrc/cpu/product.h.
+ELEMENTS = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+Pair = tuple[Tensor, Tensor]
+
+
+def add_product_lower_(c: Tensor, *terms: Pair, alpha: float = 1.0) -> None:
+    """Add alpha * (P^T Q + ...) to the lower triangle of C; the upper one is left undefined.
 
     Args:
-        c: (B, n, n) or (n, n).
-        p, q: (B, k, n) or (k, n), with P^T Q symmetric.
-        alpha: factor of the product.
+        c: (B, n, n) or (n, n) float32 or float64, unit stride along rows.
+        terms: pairs of P and Q, (B, k, n) or (k, n) each, with a symmetric sum of P^T Q. On the
+            CPU with the compiled module they may be narrower than a float32 ``c``: they are
+            widened as they are read.
+        alpha: factor of the products.
     """
-    for begin, end in blocks(c.shape[-1]):
-        target = c[..., begin:end, :end]
-        left, right = p[..., begin:end].mT, q[..., :end]
-        if c.dim() == 2:
-            target.addmm_(left, right, alpha=alpha)
-        else:
-            target.baddbmm_(left, right, alpha=alpha)
+    if c.device.type == "cpu" and EXTENSION.module is not None:
+        _add_cpp(c, terms, alpha)
+        return
+    for p, q in terms:
+        for begin, end in blocks(c.shape[-1]):
+            target = c[..., begin:end, :end]
+            left, right = p[..., begin:end].mT, q[..., :end]
+            if c.dim() == 2:
+                target.addmm_(left, right, alpha=alpha)
+            else:
+                target.baddbmm_(left, right, alpha=alpha)
+
+
+def _add_cpp(c: Tensor, terms: tuple[Pair, ...], alpha: float) -> None:
+    assert EXTENSION.module is not None
+    n, threads = c.shape[-1], torch.get_num_threads()
+
+    def operand(x: Tensor) -> tuple[int, int, int, int]:
+        return x.data_ptr(), ELEMENTS[x.dtype], x.stride(0), x.stride(1)
+
+    entries = [(c, terms)] if c.dim() == 2 else [
+        (c[b], tuple((p[b], q[b]) for p, q in terms)) for b in range(c.shape[0])
+    ]  # fmt: skip
+    for target, pairs in entries:
+        EXTENSION.module.add_product(
+            target.data_ptr(),
+            target.stride(0),
+            [(operand(p), operand(q), p.shape[0]) for p, q in pairs if p.shape[0]],
+            n,
+            n,
+            alpha,
+            True,
+            target.element_size(),
+            threads,
+        )
 
 
 def times_lower_transposed(b: Tensor, lower: Tensor) -> Tensor:

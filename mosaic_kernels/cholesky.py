@@ -1,9 +1,8 @@
 """Inverse of a damped, symmetric, positive definite matrix: the matrix A of the method.
 
-Blocked: the inverse factor L^-1 is built by halves, with torch's products between diagonal
-blocks that are factored in cache. Measured in float32 at n = 2304: on one core 0.24 s, level
-with LAPACK's potrf + potri; on two cores that other work keeps busy 2.1 s against LAPACK's 33 s,
-whose threads wait for each other at every step.
+On the CPU a block sweep in place, one compiled call a batch; elsewhere the inverse factor L^-1 is
+built by halves, with torch's batched products between diagonal blocks that are factored in cache.
+`benchmarks/bench_cholesky.py` measures both beside LAPACK and cuSOLVER.
 """
 
 from collections.abc import Callable
@@ -135,14 +134,49 @@ def inverse_factor_(a: Tensor, failed: Tensor, leaf: InvertFactor) -> None:
     inverse_factor_(top, failed, leaf)
     side = _products.times_lower_transposed(below, top)
     transposed = side.mT
-    _products.add_product_lower_(bottom, transposed, transposed, -1.0)
+    _products.add_product_lower_(bottom, (transposed, transposed), alpha=-1.0)
     inverse_factor_(bottom, failed, leaf)
     below.copy_(_products.lower_times(bottom, _products.times_lower(side, top)).neg_())
     a[:, :half, half:] = 0
 
 
+Invert = Callable[[Tensor, Tensor], Tensor]
+
+
+def invert_by_factors(leaf: InvertFactor) -> Invert:
+    """Return a function that inverts (B, n, n) matrices as L^-T L^-1; see ``invert_cpp``."""
+
+    def invert(a: Tensor, failed: Tensor) -> Tensor:
+        inverse_factor_(a, failed, leaf)
+        return _products.lower_gram(a)
+
+    return invert
+
+
+def invert_cpp(a: Tensor, failed: Tensor) -> Tensor:
+    """Invert (B, n, n) matrices, of which the lower triangle is read, in their own memory.
+
+    ``failed`` (B,) bool is set where there is no Cholesky factor; that entry is of no use then.
+    """
+    assert EXTENSION.module is not None
+    EXTENSION.module.invert_matrices(
+        a.data_ptr(),
+        a.shape[0],
+        a.shape[1],
+        failed.data_ptr(),
+        a.element_size(),
+        torch.get_num_threads(),
+    )
+    return a
+
+
+INVERT_CPU: Invert = (
+    invert_by_factors(invert_factor_torch) if EXTENSION.module is None else invert_cpp
+)
+
+
 def _inverse_with(
-    h: Tensor, damping: float, limit: float, leaf: InvertFactor
+    h: Tensor, damping: float, limit: float, invert: Invert
 ) -> tuple[Tensor, Tensor]:
     result: Tensor | None = None
     used = torch.full((h.shape[0],), float("inf"), dtype=torch.float64)
@@ -150,11 +184,10 @@ def _inverse_with(
     waiting = torch.arange(h.shape[0], device=h.device)
     level = damping
     while waiting.numel() and level <= limit * (1 + 1e-9):
-        factor = h[waiting]
-        factor.diagonal(dim1=-2, dim2=-1).add_((level * mean[waiting])[:, None].to(h.dtype))
+        damped = h[waiting]
+        damped.diagonal(dim1=-2, dim2=-1).add_((level * mean[waiting])[:, None].to(h.dtype))
         failed = torch.zeros(waiting.shape, dtype=torch.bool, device=h.device)
-        inverse_factor_(factor, failed, leaf)
-        inverse = _products.lower_gram(factor)
+        inverse = invert(damped, failed)
         failed |= ~_checks.all_finite(inverse)
         done = ~failed
         if result is None:
@@ -175,12 +208,12 @@ def _inverse_op(h: Tensor, damping: float, max_damping: float) -> tuple[Tensor, 
 
 @_inverse_op.register_kernel("cpu")
 def _inverse_cpu(h: Tensor, damping: float, max_damping: float) -> tuple[Tensor, Tensor]:
-    return _inverse_with(h, damping, max_damping, INVERT_FACTOR_CPU)
+    return _inverse_with(h, damping, max_damping, INVERT_CPU)
 
 
 @_inverse_op.register_kernel("cuda")
 def _inverse_cuda(h: Tensor, damping: float, max_damping: float) -> tuple[Tensor, Tensor]:
-    return _inverse_with(h, damping, max_damping, invert_factor_torch)
+    return _inverse_with(h, damping, max_damping, invert_by_factors(invert_factor_torch))
 
 
 @_inverse_op.register_fake

@@ -128,7 +128,7 @@ def _update_op(h: Tensor, x: Tensor, weight: float, sum_x: Tensor | None) -> Non
 def _update_cpu(h: Tensor, x: Tensor, weight: float, sum_x: Tensor | None) -> None:
     for rows in x.split(UPCAST_TOKENS) if x.dtype != h.dtype else (x,):
         rows = rows.to(h.dtype)
-        _products.add_product_lower_(h, rows, rows, weight)
+        _products.add_product_lower_(h, (rows, rows), alpha=weight)
         if sum_x is not None:
             sum_x.add_(rows.sum(0), alpha=weight)
 

@@ -11,4 +11,11 @@ template <class T>
 void invert_factor(T* blocks, std::int64_t batch, std::int64_t width, std::int64_t batch_stride,
                    std::int64_t ld, std::uint8_t* failed, int threads);
 
+// Replaces each of a batch of symmetric positive definite matrices (n x n, contiguous), of which
+// the lower triangle is read, by its inverse, both triangles. Where there is no Cholesky factor,
+// failed[i] is set to 1 and the matrix is left half done.
+template <class T>
+void invert_matrices(T* matrices, std::int64_t batch, std::int64_t n, std::uint8_t* failed,
+                     int threads);
+
 }  // namespace mosaic

@@ -356,6 +356,23 @@ void prune_panel(const Panel<T>& first, std::int64_t batch, int threads) {
   run_matrix(entry(0), static_cast<int>(std::min<std::int64_t>(threads, groups)));
 }
 
+template <class T>
+void pack_lower(T* matrices, std::int64_t batch, std::int64_t n, const std::int64_t* kept,
+                std::int64_t count) {
+  // In order: no element moves to a place that has yet to be read.
+  for (std::int64_t b = 0; b < batch; ++b, kept += count) {
+    for (std::int64_t i = 0; i < count; ++i) {
+      const T* from = matrices + (b * n + kept[i]) * n;
+      T* to = matrices + (b * count + i) * count;
+      for (std::int64_t j = 0; j <= i; ++j) to[j] = from[kept[j]];
+    }
+  }
+}
+
+template void pack_lower<float>(float*, std::int64_t, std::int64_t, const std::int64_t*,
+                                std::int64_t);
+template void pack_lower<double>(double*, std::int64_t, std::int64_t, const std::int64_t*,
+                                 std::int64_t);
 template void prune_panel<float>(const Panel<float>&, std::int64_t, int);
 template void prune_panel<double>(const Panel<double>&, std::int64_t, int);
 
