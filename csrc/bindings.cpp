@@ -13,6 +13,7 @@
 #include "cpu/hessian.h"
 #include "cpu/product.h"
 #include "cpu/prune.h"
+#include "cpu/solve.h"
 #ifdef MOSAIC_WITH_CUDA
 #include "cuda/prune.h"
 #endif
@@ -90,12 +91,21 @@ void add_product(Address c, std::int64_t c_stride, const std::vector<TermTuple>&
 }
 
 template <class T>
-void pack_lower(Address matrices, std::int64_t batch, std::int64_t n, Address kept,
+void pack_lower(Address from, Address to, std::int64_t batch, std::int64_t n, Address kept,
                 std::int64_t count) {
-  T* first = pointer<T>(matrices, "pack_lower", "matrices");
+  const T* source = pointer<const T>(from, "pack_lower", "from");
+  T* target = pointer<T>(to, "pack_lower", "to");
   const auto* indices = pointer<const std::int64_t>(kept, "pack_lower", "kept");
   py::gil_scoped_release release;
-  mosaic::pack_lower(first, batch, n, indices, count);
+  mosaic::pack_lower(source, target, batch, n, indices, count);
+}
+
+template <class T>
+bool solve_right(Address a, Address b, std::int64_t n, std::int64_t rows, int threads) {
+  T* matrix = pointer<T>(a, "solve_right", "a");
+  T* right = pointer<T>(b, "solve_right", "b");
+  py::gil_scoped_release release;
+  return mosaic::solve_right(matrix, right, n, rows, threads);
 }
 
 // The nine arrays of a panel, in the order of mosaic::Panel.
@@ -206,16 +216,27 @@ PYBIND11_MODULE(_C, module) {
 
   module.def(
       "pack_lower",
-      [](Address matrices, std::int64_t batch, std::int64_t n, Address kept, std::int64_t count,
-         int element_bytes) {
+      [](Address from, Address to, std::int64_t batch, std::int64_t n, Address kept,
+         std::int64_t count, int element_bytes) {
         check_common("pack_lower", element_bytes, n, 1);
         require(batch >= 1, "pack_lower", "batch", "at least 1", batch);
         require(count >= 1 && count <= n, "pack_lower", "count", "between 1 and n", count);
-        (element_bytes == 4 ? pack_lower<float> : pack_lower<double>)(matrices, batch, n, kept,
+        (element_bytes == 4 ? pack_lower<float> : pack_lower<double>)(from, to, batch, n, kept,
                                                                       count);
       },
-      py::arg("matrices"), py::arg("batch"), py::arg("n"), py::arg("kept"), py::arg("count"),
-      py::arg("element_bytes"));
+      py::arg("source"), py::arg("target"), py::arg("batch"), py::arg("n"), py::arg("kept"),
+      py::arg("count"), py::arg("element_bytes"));
+
+  module.def(
+      "solve_right",
+      [](Address a, Address b, std::int64_t n, std::int64_t rows, int element_bytes, int threads) {
+        check_common("solve_right", element_bytes, n, threads);
+        require(rows >= 1, "solve_right", "rows", "at least 1", rows);
+        return (element_bytes == 4 ? solve_right<float> : solve_right<double>)(a, b, n, rows,
+                                                                               threads);
+      },
+      py::arg("a"), py::arg("b"), py::arg("n"), py::arg("rows"), py::arg("element_bytes"),
+      py::arg("threads"));
 
   module.def(
       "prune_panel",

@@ -74,9 +74,10 @@ def eliminate(
 ) -> tuple[Tensor, Tensor]:
     """Remove ``count`` groups from each layer; return (order, losses), both (B, count).
 
-    Where A of a layer stops being positive definite, its losses are not a number from there on.
+    The memory of ``inverse`` is used up. Where A of a layer stops being positive definite, its
+    losses are not a number from there on.
     """
-    batch, n = inverse.shape[:2]
+    batch = inverse.shape[0]
     order = torch.empty(batch, count, dtype=torch.int64, device=inverse.device)
     losses = inverse.new_empty(batch, count)
     if count == 0:
@@ -107,7 +108,7 @@ def initial_state(weight: Tensor, inverse: Tensor, group_size: int) -> State:
     gram = inverse.new_zeros(inverse.shape)
     _products.add_product_lower_(gram, (weight, weight))
     return State(
-        inverse.clone(memory_format=torch.contiguous_format),
+        inverse.contiguous(),
         gram,
         diagonal_blocks(inverse, group_size),
         diagonal_blocks(gram, group_size),
@@ -140,8 +141,8 @@ def pack(state: State, panel: Panel, removed: int) -> None:
     kept = state.alive.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :rest]
     offsets = torch.arange(state.group_size, device=kept.device)
     columns = (kept[:, :, None] * state.group_size + offsets).reshape(batch, -1)
-    state.inverse = pack_square(state.inverse, columns)
-    state.gram = pack_square(state.gram, columns)
+    state.inverse = _products.pack_square(state.inverse, columns, in_place=True)
+    state.gram = _products.pack_square(state.gram, columns, in_place=True)
     blocks = kept[:, :, None, None].expand(-1, -1, state.group_size, state.group_size)
     state.inverse_blocks = state.inverse_blocks.gather(1, blocks)
     state.gram_blocks = state.gram_blocks.gather(1, blocks)
@@ -149,23 +150,6 @@ def pack(state: State, panel: Panel, removed: int) -> None:
     state.alive = torch.ones_like(state.index, dtype=torch.bool)
     wanted = columns[:, None, :].expand(-1, panel.u.shape[1], -1)
     panel.u, panel.v = panel.u.gather(2, wanted), panel.v.gather(2, wanted)
-
-
-def pack_square(matrix: Tensor, columns: Tensor) -> Tensor:
-    """Return the rows and columns ``columns`` (B, k), ascending, of (B, n, n) lower triangles.
-
-    On the CPU with the compiled module in the memory of ``matrix``, which is of no use then.
-    """
-    if matrix.device.type == "cpu" and EXTENSION.module is not None:
-        batch, n = matrix.shape[:2]
-        count = columns.shape[1]
-        if count:
-            EXTENSION.module.pack_lower(
-                matrix.data_ptr(), batch, n, columns.data_ptr(), count, matrix.element_size()
-            )
-        return matrix.flatten()[: batch * count * count].view(batch, count, count)
-    taken = [m.index_select(0, c).index_select(1, c) for m, c in zip(matrix, columns, strict=True)]
-    return torch.stack(taken)
 
 
 def panel_torch(state: State, pivots: int) -> Panel:

@@ -79,6 +79,31 @@ def _add_cpp(c: Tensor, terms: tuple[Pair, ...], alpha: float) -> None:
         )
 
 
+def pack_square(matrix: Tensor, columns: Tensor, in_place: bool = False) -> Tensor:
+    """Return the rows and columns ``columns`` (B, k), ascending, of (B, n, n) lower triangles.
+
+    ``in_place``: the memory of ``matrix`` may be used for the result.
+    """
+    batch, n = matrix.shape[:2]
+    count = columns.shape[1]
+    if matrix.device.type == "cpu" and EXTENSION.module is not None and count:
+        out = matrix.flatten()[: batch * count * count] if in_place else matrix.new_empty(
+            batch * count * count
+        )  # fmt: skip
+        EXTENSION.module.pack_lower(
+            matrix.data_ptr(),
+            out.data_ptr(),
+            batch,
+            n,
+            columns.data_ptr(),
+            count,
+            matrix.element_size(),
+        )
+        return out.view(batch, count, count)
+    taken = [m.index_select(0, c).index_select(1, c) for m, c in zip(matrix, columns, strict=True)]
+    return torch.stack(taken)
+
+
 def times_lower_transposed(b: Tensor, lower: Tensor) -> Tensor:
     """Return B L^T for (batch, m, n) B and lower triangular (batch, n, n) L."""
     result = b.new_empty(b.shape)

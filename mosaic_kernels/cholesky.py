@@ -184,7 +184,7 @@ def _inverse_with(
     waiting = torch.arange(h.shape[0], device=h.device)
     level = damping
     while waiting.numel() and level <= limit * (1 + 1e-9):
-        damped = h[waiting]
+        damped = h[waiting] if waiting.numel() < h.shape[0] else h.clone()
         damped.diagonal(dim1=-2, dim2=-1).add_((level * mean[waiting])[:, None].to(h.dtype))
         failed = torch.zeros(waiting.shape, dtype=torch.bool, device=h.device)
         inverse = invert(damped, failed)

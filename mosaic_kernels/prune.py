@@ -1,11 +1,13 @@
 """Greedy second-order elimination of groups of input columns, as a whole trajectory."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mosaic_kernels import _checks, _elimination
+from mosaic_kernels import _checks, _elimination, _products
+from mosaic_kernels._extension import EXTENSION
 from mosaic_kernels.cholesky import cholesky_inverse
 
 
@@ -126,7 +128,9 @@ def prune_columns(
     inverse, used = cholesky_inverse(batch_h, damping)
     dead = batch_h.diagonal(dim1=-2, dim2=-1) == 0
     work = batch_weight.to(h.dtype).masked_fill(dead[:, None, :], 0)
-    order, losses = _prune_op(work, inverse, group_size, count)
+    order = torch.empty(h.shape[0] if h.dim() == 3 else 1, count, dtype=torch.int64, device=h.device)
+    losses = inverse.new_empty(order.shape)
+    _eliminate_op(work, inverse, order, losses, group_size)
     _check_losses(losses)
     return Trajectory(order, losses.double(), used, group_size, n)
 
@@ -171,9 +175,9 @@ def _check_losses(losses: Tensor) -> None:
 def compensate(weight: Tensor, h: Tensor, kept: Tensor, *, damping: float = 0.01) -> Tensor:
     """Return the weights of the kept columns that best replace the layer.
 
-    W' = (W H_:R) (H_RR)^-1 for the kept columns R, with H damped: the least squares solution,
-    which is where the elimination ends, whatever the order. Works in the type of ``h``;
-    k^3 / 6 + m n k + m k^2 multiply-adds.
+    W' = (W H_:R) (H_RR)^-1 = W_R + W_S H_SR (H_RR)^-1 for the kept columns R and the others S,
+    with H damped: the least squares solution, which is where the elimination ends, whatever the
+    order. Works in the type of ``h``; k^3 / 6 + m k (n - k) + m k^2 multiply-adds.
 
     Args:
         weight: (m, n), any floating type.
@@ -208,50 +212,109 @@ def compensate(weight: Tensor, h: Tensor, kept: Tensor, *, damping: float = 0.01
     return _compensate_op(weight.detach(), h.detach(), kept, float(damping))
 
 
-@torch.library.custom_op("mosaic_kernels::prune_columns", mutates_args=())
-def _prune_op(
-    weight: Tensor, inverse: Tensor, group_size: int, count: int
-) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op(
+    "mosaic_kernels::eliminate_", mutates_args=("inverse", "order", "losses")
+)
+def _eliminate_op(
+    weight: Tensor, inverse: Tensor, order: Tensor, losses: Tensor, group_size: int
+) -> None:
     raise NotImplementedError(f"prune_columns: no implementation for {weight.device.type}")
 
 
-@_prune_op.register_kernel("cpu")
-def _prune_cpu(
-    weight: Tensor, inverse: Tensor, group_size: int, count: int
-) -> tuple[Tensor, Tensor]:
-    return _elimination.eliminate(weight, inverse, group_size, count, _elimination.PANEL_CPU)
+@_eliminate_op.register_kernel("cpu")
+def _eliminate_cpu(
+    weight: Tensor, inverse: Tensor, order: Tensor, losses: Tensor, group_size: int
+) -> None:
+    _eliminate_with(weight, inverse, order, losses, group_size, _elimination.PANEL_CPU)
 
 
-@_prune_op.register_kernel("cuda")
-def _prune_cuda(
-    weight: Tensor, inverse: Tensor, group_size: int, count: int
-) -> tuple[Tensor, Tensor]:
-    return _elimination.eliminate(weight, inverse, group_size, count, _elimination.PANEL_CUDA)
+@_eliminate_op.register_kernel("cuda")
+def _eliminate_cuda(
+    weight: Tensor, inverse: Tensor, order: Tensor, losses: Tensor, group_size: int
+) -> None:
+    _eliminate_with(weight, inverse, order, losses, group_size, _elimination.PANEL_CUDA)
 
 
-@_prune_op.register_fake
-def _prune_fake(
-    weight: Tensor, inverse: Tensor, group_size: int, count: int
-) -> tuple[Tensor, Tensor]:
-    shape = (weight.shape[0], count)
-    return inverse.new_empty(shape, dtype=torch.int64), inverse.new_empty(shape)
+def _eliminate_with(
+    weight: Tensor,
+    inverse: Tensor,
+    order: Tensor,
+    losses: Tensor,
+    group_size: int,
+    run_panel: _elimination.RunPanel,
+) -> None:
+    result = _elimination.eliminate(weight, inverse, group_size, order.shape[1], run_panel)
+    order.copy_(result[0])
+    losses.copy_(result[1])
+
+
+@_eliminate_op.register_fake
+def _eliminate_fake(
+    weight: Tensor, inverse: Tensor, order: Tensor, losses: Tensor, group_size: int
+) -> None:
+    return None
+
+
+Solve = Callable[[Tensor, Tensor], tuple[Tensor, bool]]
+
+
+def solve_torch(a: Tensor, b: Tensor) -> tuple[Tensor, bool]:
+    """Return B A^-1 for (k, k) A, of which the lower triangle is read, and whether it exists."""
+    factor, info = torch.linalg.cholesky_ex(a)
+    return torch.cholesky_solve(b.mT, factor).mT, int(info) == 0
+
+
+def solve_cpp(a: Tensor, b: Tensor) -> tuple[Tensor, bool]:
+    """Solve as ``solve_torch`` does, compiled, in the memory of ``a`` and ``b``."""
+    assert EXTENSION.module is not None
+    rows, n = b.shape
+    threads = torch.get_num_threads()
+    solved = EXTENSION.module.solve_right(
+        a.data_ptr(), b.data_ptr(), n, rows, a.element_size(), threads
+    )
+    return b, solved
+
+
+SOLVE_CPU: Solve = solve_torch if EXTENSION.module is None else solve_cpp
 
 
 @torch.library.custom_op("mosaic_kernels::compensate", mutates_args=())
 def _compensate_op(weight: Tensor, h: Tensor, kept: Tensor, damping: float) -> Tensor:
-    ridge = damping * h.diagonal().mean()
-    square = h[kept][:, kept]
-    square.diagonal().add_(ridge)
-    factor, info = torch.linalg.cholesky_ex(square)
-    if int(info) != 0:
+    raise NotImplementedError(f"compensate: no implementation for {weight.device.type}")
+
+
+@_compensate_op.register_kernel("cpu")
+def _compensate_cpu(weight: Tensor, h: Tensor, kept: Tensor, damping: float) -> Tensor:
+    return _compensate_with(weight, h, kept, damping, SOLVE_CPU)
+
+
+@_compensate_op.register_kernel("cuda")
+def _compensate_cuda(weight: Tensor, h: Tensor, kept: Tensor, damping: float) -> Tensor:
+    return _compensate_with(weight, h, kept, damping, solve_torch)
+
+
+def _compensate_with(
+    weight: Tensor, h: Tensor, kept: Tensor, damping: float, solve: Solve
+) -> Tensor:
+    removed = torch.ones(h.shape[0], dtype=torch.bool, device=h.device)
+    removed[kept] = False
+    rest = torch.nonzero(removed).flatten()
+    remaining = weight.index_select(1, kept)
+    if not kept.numel() or not rest.numel() or not weight.shape[0]:
+        return remaining
+    square = _products.pack_square(h[None], kept[None])[0]
+    square.diagonal().add_(damping * h.diagonal().mean())
+    # W' = W_R + W_S H_SR (H_RR)^-1 with S the removed columns: the same least squares as
+    # (W H_:R) (H_RR)^-1 in fewer operations, and only the correction is rounded. The ridge
+    # does not meet H_SR.
+    cross = h.index_select(0, rest).index_select(1, kept)
+    correction, exists = solve(square, weight.index_select(1, rest).to(h.dtype) @ cross)
+    if not exists:
         raise RuntimeError(
             f"compensate: h must be positive definite on the kept columns after damping, got no "
             f"Cholesky factor at damping {damping}. Pass the damping of the trajectory, or more."
         )
-    # W H_:R of the damped H: the ridge meets only the kept columns themselves.
-    wide = weight.to(h.dtype)
-    right = wide @ h[:, kept] + ridge * wide[:, kept]
-    return torch.cholesky_solve(right.mT, factor).mT.to(weight.dtype).contiguous()
+    return (remaining.to(h.dtype) + correction).to(weight.dtype).contiguous()
 
 
 @_compensate_op.register_fake

@@ -357,22 +357,22 @@ void prune_panel(const Panel<T>& first, std::int64_t batch, int threads) {
 }
 
 template <class T>
-void pack_lower(T* matrices, std::int64_t batch, std::int64_t n, const std::int64_t* kept,
+void pack_lower(const T* from, T* to, std::int64_t batch, std::int64_t n, const std::int64_t* kept,
                 std::int64_t count) {
-  // In order: no element moves to a place that has yet to be read.
+  // In order: at the same address no element moves to a place that has yet to be read.
   for (std::int64_t b = 0; b < batch; ++b, kept += count) {
     for (std::int64_t i = 0; i < count; ++i) {
-      const T* from = matrices + (b * n + kept[i]) * n;
-      T* to = matrices + (b * count + i) * count;
-      for (std::int64_t j = 0; j <= i; ++j) to[j] = from[kept[j]];
+      const T* row = from + (b * n + kept[i]) * n;
+      T* out = to + (b * count + i) * count;
+      for (std::int64_t j = 0; j <= i; ++j) out[j] = row[kept[j]];
     }
   }
 }
 
-template void pack_lower<float>(float*, std::int64_t, std::int64_t, const std::int64_t*,
-                                std::int64_t);
-template void pack_lower<double>(double*, std::int64_t, std::int64_t, const std::int64_t*,
-                                 std::int64_t);
+template void pack_lower<float>(const float*, float*, std::int64_t, std::int64_t,
+                                const std::int64_t*, std::int64_t);
+template void pack_lower<double>(const double*, double*, std::int64_t, std::int64_t,
+                                 const std::int64_t*, std::int64_t);
 template void prune_panel<float>(const Panel<float>&, std::int64_t, int);
 template void prune_panel<double>(const Panel<double>&, std::int64_t, int);
 

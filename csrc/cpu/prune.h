@@ -12,9 +12,9 @@ template <class T>
 void prune_panel(const Panel<T>& first, std::int64_t batch, int threads);
 
 // Packs the lower triangles of a batch of n x n matrices into those of a batch of count x count
-// matrices that begins at the same address. kept: (batch, count) ascending rows and columns.
+// matrices, elsewhere or at the same address. kept: (batch, count) ascending rows and columns.
 template <class T>
-void pack_lower(T* matrices, std::int64_t batch, std::int64_t n, const std::int64_t* kept,
+void pack_lower(const T* from, T* to, std::int64_t batch, std::int64_t n, const std::int64_t* kept,
                 std::int64_t count);
 
 }  // namespace mosaic

@@ -56,7 +56,7 @@ def test_on_the_host(batch, n, count, dtype, panel_host, make_layer):
     weight, h = make_layer(batch, 7, n, dtype)
     inverse = mk.cholesky_inverse(h)[0]
     runs = [
-        _elimination.eliminate(weight, inverse, 1, count, panel)
+        _elimination.eliminate(weight, inverse.clone(), 1, count, panel)
         for panel in (panel_host, _elimination.panel_torch)
     ]
     if dtype == torch.float64:
@@ -70,7 +70,7 @@ def test_ties_and_dead_columns_on_the_host(panel_host):
     inverse = torch.eye(40)[None]
     weight = torch.ones(1, 2, 40)
     weight[:, :, 35] = 0
-    order, losses = _elimination.eliminate(weight, inverse, 1, 40, panel_host)
+    order, losses = _elimination.eliminate(weight, inverse.clone(), 1, 40, panel_host)
     assert order[0].tolist() == [35, *range(35), *range(36, 40)]
     assert losses[0].tolist() == [0.0] + [2.0] * 39
 
@@ -79,9 +79,9 @@ def test_ties_and_dead_columns_on_the_host(panel_host):
 def test_breakdown_on_the_host(panel_host, make_layer):
     weight, h = make_layer(3, 4, 40)
     inverse = mk.cholesky_inverse(h)[0]
-    good = _elimination.eliminate(weight, inverse, 1, 40, panel_host)
+    good = _elimination.eliminate(weight, inverse.clone(), 1, 40, panel_host)
     inverse[1, 5, 5] = -1.0
-    order, losses = _elimination.eliminate(weight, inverse, 1, 40, panel_host)
+    order, losses = _elimination.eliminate(weight, inverse.clone(), 1, 40, panel_host)
     assert torch.isnan(losses[1]).all() and order[1].tolist() == list(range(40))
     assert torch.equal(losses[[0, 2]], good[1][[0, 2]])
 

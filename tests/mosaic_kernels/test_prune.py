@@ -116,7 +116,7 @@ def test_both_panels_agree(batch, m, n, group, make_layer):
     weight, h = make_layer(batch, m, n)
     inverse = mk.cholesky_inverse(h)[0]
     (first, first_loss), *others = (
-        _elimination.eliminate(weight, inverse, group, n // group, panel) for panel in PANELS
+        _elimination.eliminate(weight, inverse.clone(), group, n // group, panel) for panel in PANELS
     )
     for order, losses in others:
         assert torch.equal(order, first)
@@ -181,9 +181,9 @@ def test_damping_used_is_returned(make_layer):
 def test_breakdown_is_confined_and_reported(panel, group, make_layer):
     weight, h = make_layer(3, 4, 140)
     inverse = mk.cholesky_inverse(h)[0]
-    good = _elimination.eliminate(weight, inverse, group, 140 // group, panel)
+    good = _elimination.eliminate(weight, inverse.clone(), group, 140 // group, panel)
     inverse[1, 5, 5] = -1.0
-    order, losses = _elimination.eliminate(weight, inverse, group, 140 // group, panel)
+    order, losses = _elimination.eliminate(weight, inverse.clone(), group, 140 // group, panel)
     assert torch.isnan(losses[1]).all() and not torch.isnan(losses[[0, 2]]).any()
     assert torch.equal(order[0], good[0][0]) and torch.equal(order[2], good[0][2])
     assert order[1].sort().values.tolist() == list(range(140 // group))
@@ -254,14 +254,17 @@ def test_errors(make_layer):
 
 
 def test_compensate_without_a_factor():
-    h = torch.tensor([[1.0, 2.0], [2.0, 1.0]])
+    h = torch.tensor([[1.0, 2.0, 0.5], [2.0, 1.0, 0.5], [0.5, 0.5, 1.0]])
     with pytest.raises(RuntimeError, match="h must be positive definite on the kept columns"):
-        mk.compensate(torch.ones(1, 2), h, torch.tensor([0, 1]), damping=0.0)
+        mk.compensate(torch.ones(1, 3), h, torch.tensor([0, 1]), damping=0.0)
 
 
 def test_opcheck(device, make_layer):
     weight, h = (t.to(device) for t in make_layer(2, 3, 6))
     ops = torch.ops.mosaic_kernels
-    torch.library.opcheck(ops.prune_columns.default, (weight, mk.cholesky_inverse(h)[0], 2, 2))
+    inverse = mk.cholesky_inverse(h)[0]
+    order = torch.empty(2, 2, dtype=torch.int64, device=device)
+    losses = inverse.new_empty(2, 2)
+    torch.library.opcheck(ops.eliminate_.default, (weight, inverse, order, losses, 2))
     kept = torch.tensor([1, 4], device=device)
     torch.library.opcheck(ops.compensate.default, (weight[0], h[0], kept, 0.01))
