@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mosaic_kernels import _checks, _elimination, _products
+from mosaic_kernels import _checks, _elimination, _memory, _products
 from mosaic_kernels._extension import EXTENSION
 from mosaic_kernels.cholesky import cholesky_inverse
 
@@ -71,6 +71,7 @@ def prune_columns(
     group_size: int = 1,
     count: int | None = None,
     damping: float = 0.01,
+    max_bytes: int | None = None,
 ) -> Trajectory:
     """Remove groups of input columns one by one, always the one of least loss.
 
@@ -80,7 +81,8 @@ def prune_columns(
     collects removals in panels, so that the work is matrix products: about 3/2 (n^3 - r^3) / 3
     multiply-adds to go from n to r columns. Works in the type of ``h``. Columns that never fired
     (H_jj = 0) count as zero weights and go first, at no loss. Ties go to the lowest index. The
-    inputs are not modified.
+    inputs are not modified. The layers of a batch are worked on together as far as memory allows:
+    each takes A, G, a copy of its weights and a panel (``elimination_bytes``).
 
     Args:
         weight: (B, m, n) or (m, n), any floating type; a batch holds layers of one shape.
@@ -88,13 +90,15 @@ def prune_columns(
         group_size: columns in a group: 1 for FFN neurons, the head's width for heads.
         count: number of groups to remove; all of them by default.
         damping: share of mean(diag H) that is added to the diagonal, see ``cholesky_inverse``.
+        max_bytes: memory to use beside the inputs; what is free by default.
 
     Returns:
         The trajectory of the removals.
 
     Raises:
-        ValueError: an argument is not as described, not finite, or a layer's H is all zero.
-        RuntimeError: H has no Cholesky factor at any damping, or A stopped being positive
+        ValueError: an argument is not as described, not finite, or a layer's H is all zero, or
+            one layer alone does not fit into ``max_bytes``.
+        RuntimeError: one layer alone does not fit into the free memory, H has no Cholesky factor at any damping, or A stopped being positive
             definite during the elimination for lack of precision.
 
     Source: Optimal Brain Surgeon (Hassibi & Stork 1993), groups as in OBS-Diff (arXiv
@@ -125,14 +129,35 @@ def prune_columns(
     )
     batch_h = h.unsqueeze(0) if h.dim() == 2 else h
     batch_weight = weight.unsqueeze(0) if weight.dim() == 2 else weight
-    inverse, used = cholesky_inverse(batch_h, damping)
-    dead = batch_h.diagonal(dim1=-2, dim2=-1) == 0
-    work = batch_weight.to(h.dtype).masked_fill(dead[:, None, :], 0)
-    order = torch.empty(h.shape[0] if h.dim() == 3 else 1, count, dtype=torch.int64, device=h.device)
-    losses = inverse.new_empty(order.shape)
-    _eliminate_op(work, inverse, order, losses, group_size)
+    m, batch = batch_weight.shape[1], batch_h.shape[0]
+    needed = elimination_bytes(m, n, group_size, h.element_size(), h.device)
+    step = _memory.layers_at_once(name, batch, needed, h.device, max_bytes)
+    order = torch.empty(batch, count, dtype=torch.int64, device=h.device)
+    losses = h.new_empty(batch, count)
+    used = torch.empty(batch, dtype=torch.float64)
+    for begin in range(0, batch, step):
+        part = slice(begin, begin + step)
+        part_h = batch_h[part]
+        inverse, used[part] = cholesky_inverse(part_h, damping)
+        dead = part_h.diagonal(dim1=-2, dim2=-1) == 0
+        work = batch_weight[part].to(h.dtype).masked_fill(dead[:, None, :], 0)
+        _eliminate_op(work, inverse, order[part], losses[part], group_size)
     _check_losses(losses)
     return Trajectory(order, losses.double(), used, group_size, n)
+
+
+def elimination_bytes(
+    rows: int, columns: int, group_size: int, element_size: int, device: torch.device
+) -> int:
+    """Return the memory that ``prune_columns`` needs for one layer beside its inputs.
+
+    A and G, a copy of the weights, and U and V of a panel; where they are not packed in place,
+    that is without the compiled module or on CUDA, a third matrix.
+    """
+    in_place = device.type == "cpu" and EXTENSION.module is not None
+    matrices = 2 if in_place else 3
+    panel = 6 * max(_elimination.PANEL_COLUMNS, group_size)
+    return element_size * columns * (matrices * columns + rows + panel)
 
 
 def _check_layer(name: str, weight: Tensor, h: Tensor, dims: tuple[int, ...]) -> None:
