@@ -55,28 +55,41 @@ def add_product_lower_(c: Tensor, *terms: Pair, alpha: float = 1.0) -> None:
                 target.baddbmm_(left, right, alpha=alpha)
 
 
+def product(p: Tensor, q: Tensor) -> Tensor:
+    """Return P^T Q for (k, m) P and (k, n) Q of one type, float32 or float64."""
+    if p.device.type == "cpu" and EXTENSION.module is not None:
+        c = q.new_zeros(p.shape[1], q.shape[1])
+        if c.numel() and p.shape[0]:
+            _call_cpp(c, ((p, q),), 1.0, lower=False)
+        return c
+    return p.mT @ q
+
+
 def _add_cpp(c: Tensor, terms: tuple[Pair, ...], alpha: float) -> None:
+    if c.dim() == 2:
+        _call_cpp(c, terms, alpha, lower=True)
+        return
+    for b in range(c.shape[0]):
+        _call_cpp(c[b], tuple((p[b], q[b]) for p, q in terms), alpha, lower=True)
+
+
+def _call_cpp(c: Tensor, terms: tuple[Pair, ...], alpha: float, lower: bool) -> None:
     assert EXTENSION.module is not None
-    n, threads = c.shape[-1], torch.get_num_threads()
 
     def operand(x: Tensor) -> tuple[int, int, int, int]:
         return x.data_ptr(), ELEMENTS[x.dtype], x.stride(0), x.stride(1)
 
-    entries = [(c, terms)] if c.dim() == 2 else [
-        (c[b], tuple((p[b], q[b]) for p, q in terms)) for b in range(c.shape[0])
-    ]  # fmt: skip
-    for target, pairs in entries:
-        EXTENSION.module.add_product(
-            target.data_ptr(),
-            target.stride(0),
-            [(operand(p), operand(q), p.shape[0]) for p, q in pairs if p.shape[0]],
-            n,
-            n,
-            alpha,
-            True,
-            target.element_size(),
-            threads,
-        )
+    EXTENSION.module.add_product(
+        c.data_ptr(),
+        c.stride(0),
+        [(operand(p), operand(q), p.shape[0]) for p, q in terms if p.shape[0]],
+        c.shape[0],
+        c.shape[1],
+        alpha,
+        lower,
+        c.element_size(),
+        torch.get_num_threads(),
+    )
 
 
 def pack_square(matrix: Tensor, columns: Tensor, in_place: bool = False) -> Tensor:

@@ -175,9 +175,7 @@ INVERT_CPU: Invert = (
 )
 
 
-def _inverse_with(
-    h: Tensor, damping: float, limit: float, invert: Invert
-) -> tuple[Tensor, Tensor]:
+def _inverse_with(h: Tensor, damping: float, limit: float, invert: Invert) -> tuple[Tensor, Tensor]:
     result: Tensor | None = None
     used = torch.full((h.shape[0],), float("inf"), dtype=torch.float64)
     mean = h.diagonal(dim1=-2, dim2=-1).double().mean(-1)

@@ -98,8 +98,8 @@ def prune_columns(
     Raises:
         ValueError: an argument is not as described, not finite, or a layer's H is all zero, or
             one layer alone does not fit into ``max_bytes``.
-        RuntimeError: one layer alone does not fit into the free memory, H has no Cholesky factor at any damping, or A stopped being positive
-            definite during the elimination for lack of precision.
+        RuntimeError: one layer alone does not fit into the free memory; H has no Cholesky factor
+            at any damping; or A stopped being positive definite for lack of precision.
 
     Source: Optimal Brain Surgeon (Hassibi & Stork 1993), groups as in OBS-Diff (arXiv
     2510.06751); the blocked form is method section 4.
@@ -237,9 +237,7 @@ def compensate(weight: Tensor, h: Tensor, kept: Tensor, *, damping: float = 0.01
     return _compensate_op(weight.detach(), h.detach(), kept, float(damping))
 
 
-@torch.library.custom_op(
-    "mosaic_kernels::eliminate_", mutates_args=("inverse", "order", "losses")
-)
+@torch.library.custom_op("mosaic_kernels::eliminate_", mutates_args=("inverse", "order", "losses"))
 def _eliminate_op(
     weight: Tensor, inverse: Tensor, order: Tensor, losses: Tensor, group_size: int
 ) -> None:
@@ -333,7 +331,9 @@ def _compensate_with(
     # (W H_:R) (H_RR)^-1 in fewer operations, and only the correction is rounded. The ridge
     # does not meet H_SR.
     cross = h.index_select(0, rest).index_select(1, kept)
-    correction, exists = solve(square, weight.index_select(1, rest).to(h.dtype) @ cross)
+    correction, exists = solve(
+        square, _products.product(weight.index_select(1, rest).to(h.dtype).mT, cross)
+    )
     if not exists:
         raise RuntimeError(
             f"compensate: h must be positive definite on the kept columns after damping, got no "

@@ -116,7 +116,8 @@ def test_both_panels_agree(batch, m, n, group, make_layer):
     weight, h = make_layer(batch, m, n)
     inverse = mk.cholesky_inverse(h)[0]
     (first, first_loss), *others = (
-        _elimination.eliminate(weight, inverse.clone(), group, n // group, panel) for panel in PANELS
+        _elimination.eliminate(weight, inverse.clone(), group, n // group, panel)
+        for panel in PANELS
     )
     for order, losses in others:
         assert torch.equal(order, first)
