@@ -7,12 +7,15 @@ whose threads wait for each other at every step.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from mosaic_kernels import _checks, _products
 from mosaic_kernels._extension import EXTENSION
+from mosaic_kernels._inverse_batched import inverse_batched
+from mosaic_kernels._precision import full_precision
 
 DIAGONAL_BLOCK = 128  # columns that are factored at once: 64 KiB of float32
 FIRST_DAMPING = 1e-8  # where the ladder starts when damping 0 does not do
@@ -56,7 +59,6 @@ def cholesky_inverse(
         "It ends the ladder of tenfold steps.",
     )
     batch = (h.unsqueeze(0) if h.dim() == 2 else h).detach()
-    require_usable(name, batch)
     inverse, used = _inverse_op(batch, float(damping), float(max_damping))
     failed = torch.isinf(used)
     if bool(failed.any()):
@@ -175,12 +177,17 @@ def _inverse_op(h: Tensor, damping: float, max_damping: float) -> tuple[Tensor, 
 
 @_inverse_op.register_kernel("cpu")
 def _inverse_cpu(h: Tensor, damping: float, max_damping: float) -> tuple[Tensor, Tensor]:
-    return _inverse_with(h, damping, max_damping, INVERT_FACTOR_CPU)
+    require_usable("cholesky_inverse", h)
+    with full_precision():
+        return _inverse_with(h, damping, max_damping, INVERT_FACTOR_CPU)
 
 
 @_inverse_op.register_kernel("cuda")
 def _inverse_cuda(h: Tensor, damping: float, max_damping: float) -> tuple[Tensor, Tensor]:
-    return _inverse_with(h, damping, max_damping, invert_factor_torch)
+    with full_precision():
+        # It looks at H itself, so that a batch without trouble waits for the device only once.
+        usable = partial(require_usable, "cholesky_inverse", h)
+        return inverse_batched(h, damping, max_damping, usable)
 
 
 @_inverse_op.register_fake

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mosaic_kernels import _checks, _elimination
+from mosaic_kernels._precision import full_precision
 from mosaic_kernels.cholesky import cholesky_inverse
 
 
@@ -219,14 +220,16 @@ def _prune_op(
 def _prune_cpu(
     weight: Tensor, inverse: Tensor, group_size: int, count: int
 ) -> tuple[Tensor, Tensor]:
-    return _elimination.eliminate(weight, inverse, group_size, count, _elimination.PANEL_CPU)
+    with full_precision():
+        return _elimination.eliminate(weight, inverse, group_size, count, _elimination.PANEL_CPU)
 
 
 @_prune_op.register_kernel("cuda")
 def _prune_cuda(
     weight: Tensor, inverse: Tensor, group_size: int, count: int
 ) -> tuple[Tensor, Tensor]:
-    return _elimination.eliminate(weight, inverse, group_size, count, _elimination.PANEL_CUDA)
+    with full_precision():
+        return _elimination.eliminate(weight, inverse, group_size, count, _elimination.PANEL_CUDA)
 
 
 @_prune_op.register_fake
@@ -239,6 +242,11 @@ def _prune_fake(
 
 @torch.library.custom_op("mosaic_kernels::compensate", mutates_args=())
 def _compensate_op(weight: Tensor, h: Tensor, kept: Tensor, damping: float) -> Tensor:
+    with full_precision():
+        return _least_squares(weight, h, kept, damping)
+
+
+def _least_squares(weight: Tensor, h: Tensor, kept: Tensor, damping: float) -> Tensor:
     ridge = damping * h.diagonal().mean()
     square = h[kept][:, kept]
     square.diagonal().add_(ridge)

@@ -85,9 +85,9 @@ __device__ T eliminate_group(const Panel<T>& panel, std::int64_t group, const Sq
   T total = 0;
   for (int k = 0; k < g; ++k) {
     const T pivot = square.inverse(k, k), energy = square.gram(k, k);
-    if (!(pivot > T(0)) || !(pivot - pivot == T(0))) {
-      total = T(0) / T(0);
-      break;  // all of the team: they have read the same pivot
+    if (!(pivot > T(0)) || !(pivot - pivot == T(0))) {  // all of the team have read the same pivot
+      team.sync();  // they have indeed: the square may be filled again
+      return T(0) / T(0);
     }
     total += energy / pivot;
     const T scale = T(1) / sqrt(pivot), half_curvature = energy / (T(2) * pivot);
@@ -107,7 +107,6 @@ __device__ T eliminate_group(const Panel<T>& panel, std::int64_t group, const Sq
     }
     team.sync();
   }
-  team.sync();  // the square may be filled again
   return total;
 }
 
@@ -185,7 +184,7 @@ __device__ void new_rows(const Panel<T>& panel, const Square<T>& square, std::in
                          std::int64_t chosen) {
   const int g = square.width;
   for (std::int64_t c = threadIdx.x; c < panel.n; c += kThreads) {
-    if (c / g == chosen || !panel.alive[c / g]) {
+    if (!panel.alive[c / g]) {
       for (std::int64_t r = done; r < done + g; ++r) {
         panel.u[r * panel.n + c] = panel.v[r * panel.n + c] = T(0);
       }
@@ -200,11 +199,11 @@ __device__ void new_rows(const Panel<T>& panel, const Square<T>& square, std::in
 // Takes the new rows out of the diagonal blocks of the groups that are left: a thread computes
 // kRows entries of a column of the lower triangle, and writes the mirrored ones too.
 template <class T>
-__device__ void update_blocks(const Panel<T>& panel, std::int64_t done, std::int64_t chosen) {
+__device__ void update_blocks(const Panel<T>& panel, std::int64_t done) {
   const std::int64_t n = panel.n, g = panel.group_size, chunks = (g + kRows - 1) / kRows;
   for (std::int64_t e = threadIdx.x; e < n * chunks; e += kThreads) {
     const std::int64_t group = e / (g * chunks), j = e % g, first = e / g % chunks * kRows;
-    if (group == chosen || !panel.alive[group] || j >= first + kRows) continue;
+    if (!panel.alive[group] || j >= first + kRows) continue;
     T inverse[kRows], gram[kRows];
 #pragma unroll
     for (int i = 0; i < kRows; ++i) inverse[i] = gram[i] = T(0);
@@ -264,7 +263,7 @@ __global__ void __launch_bounds__(kThreads, 1) prune_groups_kernel(Groups<T> gro
       give_up(panel, k, kThreads);
       return;
     }
-    if (tid == 0) {  // from here on nobody reads alive[best.group] before the next barrier
+    if (tid == 0) {  // the barriers of eliminate_group show it to the others
       panel.alive[best.group] = 0;
       panel.picked[k] = best.group;
       panel.losses[k] = best.loss;
@@ -272,7 +271,7 @@ __global__ void __launch_bounds__(kThreads, 1) prune_groups_kernel(Groups<T> gro
     eliminate_group(panel, best.group, whole, all);
     new_rows(panel, whole, k * g, best.group);
     __syncthreads();
-    update_blocks(panel, k * g, best.group);
+    update_blocks(panel, k * g);
     __syncthreads();
   }
 }
