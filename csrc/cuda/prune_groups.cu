@@ -139,6 +139,7 @@ __device__ void column_of_rows(const Panel<T>& panel, const Square<T>& square, s
     u[i] = panel.inverse[stored];
     v[i] = panel.gram[stored];
   }
+#pragma unroll 1  // the registers are full
   for (std::int64_t q = 0; q < done; ++q) {  // groups removed earlier in this panel
     const T* u_row = panel.u + q * n;
     const T* v_row = panel.v + q * n;
@@ -150,6 +151,7 @@ __device__ void column_of_rows(const Panel<T>& panel, const Square<T>& square, s
       v[i] -= u_s * v_old + v_s * u_old;
     }
   }
+#pragma unroll 1
   for (int q = 0; q < first; ++q) {  // earlier columns of this group
     const T u_old = panel.u[(done + q) * n + c], v_old = panel.v[(done + q) * n + c];
 #pragma unroll
@@ -208,6 +210,7 @@ __device__ void update_blocks(const Panel<T>& panel, std::int64_t done) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) inverse[i] = gram[i] = T(0);
     const std::int64_t last = g - 1 - first;  // the last row of the chunk that there is
+#pragma unroll 1  // the registers are full
     for (std::int64_t r = done; r < done + g; ++r) {
       const T* u_row = panel.u + r * n + group * g;
       const T* v_row = panel.v + r * n + group * g;
