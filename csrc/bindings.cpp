@@ -15,7 +15,9 @@
 #include "cpu/prune.h"
 #include "cpu/solve.h"
 #ifdef MOSAIC_WITH_CUDA
+#include "cuda/cholesky.h"
 #include "cuda/prune.h"
+#include "cuda/prune_groups.h"
 #endif
 
 namespace py = pybind11;
@@ -147,11 +149,28 @@ void prune_panel(const PanelArrays& arrays, std::int64_t batch, std::int64_t n,
 
 #ifdef MOSAIC_WITH_CUDA
 template <class T>
-void prune_panel_cuda(const PanelArrays& arrays, std::int64_t batch, std::int64_t n,
-                      std::int64_t pivots, int device, Address stream) {
-  const auto panel = make_panel<T>("prune_panel_cuda", arrays, n, 1, pivots);
+void prune_panel_cuda(const PanelArrays& arrays, Address workspace, std::int64_t batch,
+                      std::int64_t n, std::int64_t group_size, std::int64_t pivots, int device,
+                      Address stream) {
+  const auto panel = make_panel<T>("prune_panel_cuda", arrays, n, group_size, pivots);
+  auto* scratch = workspace == 0 ? nullptr : pointer<T>(workspace, "prune_panel_cuda", "workspace");
   py::gil_scoped_release release;
-  mosaic::prune_panel_cuda(panel, batch, device, reinterpret_cast<void*>(stream));
+  if (group_size == 1) {
+    mosaic::prune_panel_cuda(panel, batch, device, reinterpret_cast<void*>(stream));
+  } else {
+    mosaic::prune_groups_cuda(panel, scratch, batch, device, reinterpret_cast<void*>(stream));
+  }
+}
+
+template <class T>
+void invert_factor_cuda(Address blocks, std::int64_t batch, std::int64_t width,
+                        std::int64_t batch_stride, std::int64_t ld, Address failed, int device,
+                        Address stream) {
+  T* first = pointer<T>(blocks, "invert_factor_cuda", "blocks");
+  auto* flags = pointer<std::uint8_t>(failed, "invert_factor_cuda", "failed");
+  py::gil_scoped_release release;
+  mosaic::invert_factor_cuda(first, batch, width, batch_stride, ld, flags, device,
+                             reinterpret_cast<void*>(stream));
 }
 #endif
 
@@ -252,17 +271,54 @@ PYBIND11_MODULE(_C, module) {
 
 #ifdef MOSAIC_WITH_CUDA
   module.def(
+      "prune_workspace_cuda",
+      [](std::int64_t n, std::int64_t group_size, int element_bytes, int device) {
+        check_common("prune_workspace_cuda", element_bytes, n, 1);
+        check_panel("prune_workspace_cuda", 1, n, group_size, 1);
+        require(group_size <= mosaic::kMaxCudaGroup, "prune_workspace_cuda", "group_size",
+                "at most 32768", group_size);
+        if (group_size == 1) return std::int64_t{0};
+        return mosaic::plan_groups(n / group_size, group_size, element_bytes, device).workspace;
+      },
+      py::arg("n"), py::arg("group_size"), py::arg("element_bytes"), py::arg("device"));
+
+  module.def(
       "prune_panel_cuda",
-      [](const PanelArrays& arrays, std::int64_t batch, std::int64_t n, std::int64_t pivots,
-         int element_bytes, int device, Address stream) {
+      [](const PanelArrays& arrays, Address workspace, std::int64_t batch, std::int64_t n,
+         std::int64_t group_size, std::int64_t pivots, int element_bytes, int device,
+         Address stream) {
         check_common("prune_panel_cuda", element_bytes, n, 1);
-        check_panel("prune_panel_cuda", batch, n, 1, pivots);
+        check_panel("prune_panel_cuda", batch, n, group_size, pivots);
         require(pivots <= mosaic::kMaxCudaPivots, "prune_panel_cuda", "pivots", "at most 128",
                 pivots);
         (element_bytes == 4 ? prune_panel_cuda<float> : prune_panel_cuda<double>)(
-            arrays, batch, n, pivots, device, stream);
+            arrays, workspace, batch, n, group_size, pivots, device, stream);
       },
-      py::arg("arrays"), py::arg("batch"), py::arg("n"), py::arg("pivots"),
-      py::arg("element_bytes"), py::arg("device"), py::arg("stream"));
+      py::arg("arrays"), py::arg("workspace"), py::arg("batch"), py::arg("n"),
+      py::arg("group_size"), py::arg("pivots"), py::arg("element_bytes"), py::arg("device"),
+      py::arg("stream"));
+
+  module.def(
+      "factor_width_cuda",
+      [](int element_bytes, int device) {
+        check_common("factor_width_cuda", element_bytes, 1, 1);
+        return mosaic::factor_width_cuda(element_bytes, device);
+      },
+      py::arg("element_bytes"), py::arg("device"));
+
+  module.def(
+      "invert_factor_cuda",
+      [](Address blocks, std::int64_t batch, std::int64_t width, std::int64_t batch_stride,
+         std::int64_t ld, Address failed, int element_bytes, int device, Address stream) {
+        check_common("invert_factor_cuda", element_bytes, width, 1);
+        require(batch >= 1, "invert_factor_cuda", "batch", "at least 1", batch);
+        require(ld >= width, "invert_factor_cuda", "ld", "at least width", ld);
+        require(width <= 128, "invert_factor_cuda", "width", "at most 128", width);
+        (element_bytes == 4 ? invert_factor_cuda<float> : invert_factor_cuda<double>)(
+            blocks, batch, width, batch_stride, ld, failed, device, stream);
+      },
+      py::arg("blocks"), py::arg("batch"), py::arg("width"), py::arg("batch_stride"),
+      py::arg("ld"), py::arg("failed"), py::arg("element_bytes"), py::arg("device"),
+      py::arg("stream"));
 #endif
 }

@@ -28,8 +28,15 @@ def _cuda(implementation: str, note: str) -> dict[str, str]:
 
 def _cuda_panels() -> dict[str, str]:
     if EXTENSION.has_cuda:
-        return _cuda("CUDA", "panels of single columns; groups of several columns run on torch")
+        return _cuda("CUDA", "panels in CUDA, a thread block for each layer; products by cuBLAS")
     note = "panels on torch, many small launches: reinstall with MOSAIC_BUILD=cuda and nvcc"
+    return _cuda("torch", note)
+
+
+def _cuda_inverse() -> dict[str, str]:
+    if EXTENSION.has_cuda:
+        return _cuda("CUDA", "diagonal blocks in shared memory, products by cuBLAS")
+    note = "cuSOLVER on diagonal blocks, products by cuBLAS: reinstall with MOSAIC_BUILD=cuda"
     return _cuda("torch", note)
 
 
@@ -58,7 +65,7 @@ def backends() -> dict[str, Any]:
             "hessian_finalize_": {"cpu": _cpp("tiled mirror"), "cuda": _cuda("torch", "")},
             "cholesky_inverse": {
                 "cpu": _cpp("diagonal blocks in C++, products by torch"),
-                "cuda": _cuda("torch", "cuSOLVER on diagonal blocks, products by cuBLAS"),
+                "cuda": _cuda_inverse(),
             },
             "prune_columns": {
                 "cpu": _cpp("panels in C++, products by torch"),

@@ -83,9 +83,9 @@ def require_damping(function: str, damping: float) -> None:
     )
 
 
-def bad_entries(flags: Tensor) -> str:
-    """Return the indices of the set flags of a batch, for a message: ``entries 0, 3``."""
-    indices = [str(i) for i in torch.nonzero(flags).flatten().tolist()]
+def bad_entries(flags: Tensor, first: int = 0) -> str:
+    """Return the numbers of the set flags of a batch, from ``first`` on: ``entries 0, 3``."""
+    indices = [str(first + i) for i in torch.nonzero(flags).flatten().tolist()]
     return ("entry " if len(indices) == 1 else "entries ") + ", ".join(indices)
 
 

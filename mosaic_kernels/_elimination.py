@@ -274,23 +274,26 @@ def panel_cpp(state: State, pivots: int) -> Panel:
 
 
 def panel_cuda(state: State, pivots: int) -> Panel:
-    """Remove ``pivots`` groups on the GPU: compiled for single columns, torch for wider groups.
+    """Remove ``pivots`` groups with the compiled kernel, which gives a thread block to each layer.
 
-    The compiled panel gives a thread block to each layer. Wider groups are few (heads), so that
-    the launches of torch's operators are few as well.
+    Nothing waits for the device. Groups whose two blocks do not fit into shared memory (wider
+    than about 150 columns) need a workspace of about group_size^2 elements a layer.
     """
-    if state.group_size > 1:
-        return panel_torch(state, pivots)
     assert EXTENSION.module is not None
     batch, n = state.inverse.shape[:2]
+    g, device = state.group_size, state.inverse.device
+    element_bytes = state.inverse.element_size()
     panel = empty_panel(state, pivots)
-    device = state.inverse.device
+    size = EXTENSION.module.prune_workspace_cuda(n, g, element_bytes, device.index)
+    workspace = state.inverse.new_empty(batch * size)
     EXTENSION.module.prune_panel_cuda(
         addresses(state, panel),
+        workspace.data_ptr(),  # 0 where it is empty
         batch,
         n,
+        g,
         pivots,
-        state.inverse.element_size(),
+        element_bytes,
         device.index,
         torch.cuda.current_stream(device).cuda_stream,
     )

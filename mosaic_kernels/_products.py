@@ -117,39 +117,6 @@ def pack_square(matrix: Tensor, columns: Tensor, in_place: bool = False) -> Tens
     return torch.stack(taken)
 
 
-def times_lower_transposed(b: Tensor, lower: Tensor) -> Tensor:
-    """Return B L^T for (batch, m, n) B and lower triangular (batch, n, n) L."""
-    result = b.new_empty(b.shape)
-    for begin, end in blocks(lower.shape[-1]):
-        result[..., begin:end] = b[..., :end] @ lower[:, begin:end, :end].mT
-    return result
-
-
-def times_lower(b: Tensor, lower: Tensor) -> Tensor:
-    """Return B L for (batch, m, n) B and lower triangular (batch, n, n) L."""
-    result = b.new_empty(b.shape)
-    for begin, end in blocks(lower.shape[-1]):
-        result[..., begin:end] = b[..., begin:] @ lower[:, begin:, begin:end]
-    return result
-
-
-def lower_times(lower: Tensor, b: Tensor) -> Tensor:
-    """Return L B for lower triangular (batch, n, n) L and (batch, n, m) B."""
-    result = b.new_empty(b.shape)
-    for begin, end in blocks(lower.shape[-1]):
-        result[:, begin:end] = lower[:, begin:end, :end] @ b[:, :end]
-    return result
-
-
-def lower_gram(lower: Tensor) -> Tensor:
-    """Return L^T L, symmetric, for lower triangular (batch, n, n) L."""
-    result = lower.new_empty(lower.shape)
-    for begin, end in blocks(lower.shape[-1]):
-        result[:, begin:end, :end] = lower[:, begin:, begin:end].mT @ lower[:, begin:, :end]
-    mirror_lower_(result)
-    return result
-
-
 def mirror_lower_(h: Tensor) -> None:
     """Copy the lower triangle of (..., n, n) into the upper one, whatever is there."""
     for begin, end in blocks(h.shape[-1]):

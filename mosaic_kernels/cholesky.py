@@ -5,20 +5,17 @@ built by halves, with torch's batched products between diagonal blocks that are 
 `benchmarks/bench_cholesky.py` measures both beside LAPACK and cuSOLVER.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from mosaic_kernels import _checks, _products
+from mosaic_kernels import _checks, _damping
 from mosaic_kernels._extension import EXTENSION
-
-DIAGONAL_BLOCK = 128  # columns that are factored at once: 64 KiB of float32
-FIRST_DAMPING = 1e-8  # where the ladder starts when damping 0 does not do
+from mosaic_kernels._inverse_batched import invert_by_factors
+from mosaic_kernels._precision import full_precision
 
 
 def cholesky_inverse(
-    h: Tensor, damping: float = 0.01, max_damping: float = 10.0
+    h: Tensor, damping: float = 0.01, max_damping: float = _damping.MAX_DAMPING
 ) -> tuple[Tensor, Tensor]:
     """Invert H + d * mean(diag H) * I, raising d for a matrix that is not positive definite.
 
@@ -55,165 +52,60 @@ def cholesky_inverse(
         "It ends the ladder of tenfold steps.",
     )
     batch = (h.unsqueeze(0) if h.dim() == 2 else h).detach()
-    require_usable(name, batch)
-    inverse, used = _inverse_op(batch, float(damping), float(max_damping))
-    failed = torch.isinf(used)
-    if bool(failed.any()):
-        raise RuntimeError(
-            f"{name}: h must be positive definite after damping, got no Cholesky factor for batch "
-            f"{_checks.bad_entries(failed)} with damping up to {max_damping}. Check that H is "
-            "finalised and symmetric, or raise max_damping."
-        )
+    inverse, used = inverse_of_entries(batch, damping, max_damping)
     return (inverse[0] if h.dim() == 2 else inverse), used
 
 
-def require_usable(name: str, h: Tensor) -> None:
-    """Check that each matrix of a batch is finite and has a positive mean on its diagonal."""
-    mean = h.diagonal(dim1=-2, dim2=-1).mean(-1)
-    finite = _checks.all_finite(h)
-    if not bool((finite & (mean > 0)).all()):
-        if not bool(finite.all()):
-            raise ValueError(
-                f"{name}: h must be finite, got NaN or infinity in batch "
-                f"{_checks.bad_entries(~finite)}. Look at the calibration activations."
-            )
-        raise ValueError(
-            f"{name}: h must be of positive mean diagonal, got "
-            f"{mean[mean <= 0].tolist()} in batch {_checks.bad_entries(mean <= 0)}. No channel of "
-            "that layer ever fired: check that the calibration inputs reach it."
-        )
+def inverse_of_entries(
+    h: Tensor, damping: float, max_damping: float = _damping.MAX_DAMPING, first: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Invert (B, n, n) entries of a larger batch; ``first`` is the number of the first of them."""
+    inverse, used = _inverse_op(h, float(damping), float(max_damping), first)
+    cure = ", or raise max_damping"
+    _damping.require_factor("cholesky_inverse", used, max_damping, cure, first)
+    return inverse, used
 
 
-def invert_factor_torch(block: Tensor, failed: Tensor) -> None:
-    """Replace (B, w, w) diagonal blocks by L^-1 with torch; see ``invert_factor_cpp``."""
-    factor, info = torch.linalg.cholesky_ex(block)
-    bad = (info != 0) | ~torch.isfinite(factor.diagonal(dim1=-2, dim2=-1)).all(-1)
-    identity = torch.eye(block.shape[-1], dtype=block.dtype, device=block.device)
-    factor = torch.where(bad[:, None, None], identity, factor)
-    identity = identity.expand_as(factor)
-    block.copy_(torch.linalg.solve_triangular(factor, identity, upper=False))
-    failed.logical_or_(bad)
-
-
-def invert_factor_cpp(block: Tensor, failed: Tensor) -> None:
-    """Replace (B, w, w) diagonal blocks by L^-1, block = L L^T, upper triangle zero.
-
-    ``failed`` (B,) bool is set where L does not exist; that block becomes the identity, so that
-    nothing that is not a number spreads.
-    """
-    assert EXTENSION.module is not None
-    EXTENSION.module.invert_factor(
-        block.data_ptr(),
-        block.shape[0],
-        block.shape[1],
-        block.stride(0),
-        block.stride(1),
-        failed.data_ptr(),
-        block.element_size(),
-        torch.get_num_threads(),
-    )
-
-
-InvertFactor = Callable[[Tensor, Tensor], None]
-INVERT_FACTOR_CPU: InvertFactor = (
-    invert_factor_torch if EXTENSION.module is None else invert_factor_cpp
-)
-
-
-def inverse_factor_(a: Tensor, failed: Tensor, leaf: InvertFactor) -> None:
-    """Replace the lower triangle of (B, n, n) A = L L^T by L^-1; the upper becomes zero.
-
-    By halves: L21 = A21 L11^-T, A22 -= L21 L21^T, and (L^-1)21 = -L22^-1 L21 L11^-1.
-    """
-    n = a.shape[-1]
-    if n <= DIAGONAL_BLOCK:
-        leaf(a, failed)
-        return
-    half = (n // 2 + DIAGONAL_BLOCK - 1) // DIAGONAL_BLOCK * DIAGONAL_BLOCK
-    top, below, bottom = a[:, :half, :half], a[:, half:, :half], a[:, half:, half:]
-    inverse_factor_(top, failed, leaf)
-    side = _products.times_lower_transposed(below, top)
-    transposed = side.mT
-    _products.add_product_lower_(bottom, (transposed, transposed), alpha=-1.0)
-    inverse_factor_(bottom, failed, leaf)
-    below.copy_(_products.lower_times(bottom, _products.times_lower(side, top)).neg_())
-    a[:, :half, half:] = 0
-
-
-Invert = Callable[[Tensor, Tensor], Tensor]
-
-
-def invert_by_factors(leaf: InvertFactor) -> Invert:
-    """Return a function that inverts (B, n, n) matrices as L^-T L^-1; see ``invert_cpp``."""
-
-    def invert(a: Tensor, failed: Tensor) -> Tensor:
-        inverse_factor_(a, failed, leaf)
-        return _products.lower_gram(a)
-
-    return invert
-
-
-def invert_cpp(a: Tensor, failed: Tensor) -> Tensor:
-    """Invert (B, n, n) matrices, of which the lower triangle is read, in their own memory.
-
-    ``failed`` (B,) bool is set where there is no Cholesky factor; that entry is of no use then.
-    """
+def invert_cpp(damped: Tensor, failed: Tensor) -> Tensor:
+    """Invert (B, n, n) matrices in their own memory, compiled; see ``_damping.Attempt``."""
     assert EXTENSION.module is not None
     EXTENSION.module.invert_matrices(
-        a.data_ptr(),
-        a.shape[0],
-        a.shape[1],
+        damped.data_ptr(),
+        damped.shape[0],
+        damped.shape[1],
         failed.data_ptr(),
-        a.element_size(),
+        damped.element_size(),
         torch.get_num_threads(),
     )
-    return a
+    return damped
 
 
-INVERT_CPU: Invert = (
-    invert_by_factors(invert_factor_torch) if EXTENSION.module is None else invert_cpp
-)
-
-
-def _inverse_with(h: Tensor, damping: float, limit: float, invert: Invert) -> tuple[Tensor, Tensor]:
-    result: Tensor | None = None
-    used = torch.full((h.shape[0],), float("inf"), dtype=torch.float64)
-    mean = h.diagonal(dim1=-2, dim2=-1).double().mean(-1)
-    waiting = torch.arange(h.shape[0], device=h.device)
-    level = damping
-    while waiting.numel() and level <= limit * (1 + 1e-9):
-        damped = h[waiting] if waiting.numel() < h.shape[0] else h.clone()
-        damped.diagonal(dim1=-2, dim2=-1).add_((level * mean[waiting])[:, None].to(h.dtype))
-        failed = torch.zeros(waiting.shape, dtype=torch.bool, device=h.device)
-        inverse = invert(damped, failed)
-        failed |= ~_checks.all_finite(inverse)
-        done = ~failed
-        if result is None:
-            result = inverse
-        else:
-            result[waiting[done]] = inverse[done]
-        used[waiting[done].cpu()] = level
-        waiting = waiting[failed]
-        level = level * 10 if level > 0 else FIRST_DAMPING
-    assert result is not None
-    return result, used
+INVERT_CPU: _damping.Attempt = invert_by_factors if EXTENSION.module is None else invert_cpp
 
 
 @torch.library.custom_op("mosaic_kernels::cholesky_inverse", mutates_args=())
-def _inverse_op(h: Tensor, damping: float, max_damping: float) -> tuple[Tensor, Tensor]:
+def _inverse_op(h: Tensor, damping: float, max_damping: float, first: int) -> tuple[Tensor, Tensor]:
     raise NotImplementedError(f"cholesky_inverse: no implementation for {h.device.type}")
 
 
 @_inverse_op.register_kernel("cpu")
-def _inverse_cpu(h: Tensor, damping: float, max_damping: float) -> tuple[Tensor, Tensor]:
-    return _inverse_with(h, damping, max_damping, INVERT_CPU)
+def _inverse_cpu(
+    h: Tensor, damping: float, max_damping: float, first: int
+) -> tuple[Tensor, Tensor]:
+    with full_precision():
+        return _damping.climb("cholesky_inverse", h, damping, max_damping, INVERT_CPU, first)
 
 
 @_inverse_op.register_kernel("cuda")
-def _inverse_cuda(h: Tensor, damping: float, max_damping: float) -> tuple[Tensor, Tensor]:
-    return _inverse_with(h, damping, max_damping, invert_by_factors(invert_factor_torch))
+def _inverse_cuda(
+    h: Tensor, damping: float, max_damping: float, first: int
+) -> tuple[Tensor, Tensor]:
+    with full_precision():
+        return _damping.climb("cholesky_inverse", h, damping, max_damping, invert_by_factors, first)
 
 
 @_inverse_op.register_fake
-def _inverse_fake(h: Tensor, damping: float, max_damping: float) -> tuple[Tensor, Tensor]:
+def _inverse_fake(
+    h: Tensor, damping: float, max_damping: float, first: int
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(h), torch.empty(h.shape[0], dtype=torch.float64, device="cpu")

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from mosaic_kernels import _checks, _elimination, _memory, _products
 from mosaic_kernels._extension import EXTENSION
-from mosaic_kernels.cholesky import cholesky_inverse
+from mosaic_kernels._precision import full_precision
+from mosaic_kernels.cholesky import inverse_of_entries
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +139,7 @@ def prune_columns(
     for begin in range(0, batch, step):
         part = slice(begin, begin + step)
         part_h = batch_h[part]
-        inverse, used[part] = cholesky_inverse(part_h, damping)
+        inverse, used[part] = inverse_of_entries(part_h, damping, first=begin)
         dead = part_h.diagonal(dim1=-2, dim2=-1) == 0
         work = batch_weight[part].to(h.dtype).masked_fill(dead[:, None, :], 0)
         _eliminate_op(work, inverse, order[part], losses[part], group_size)
@@ -266,7 +267,8 @@ def _eliminate_with(
     group_size: int,
     run_panel: _elimination.RunPanel,
 ) -> None:
-    result = _elimination.eliminate(weight, inverse, group_size, order.shape[1], run_panel)
+    with full_precision():
+        result = _elimination.eliminate(weight, inverse, group_size, order.shape[1], run_panel)
     order.copy_(result[0])
     losses.copy_(result[1])
 
@@ -308,12 +310,14 @@ def _compensate_op(weight: Tensor, h: Tensor, kept: Tensor, damping: float) -> T
 
 @_compensate_op.register_kernel("cpu")
 def _compensate_cpu(weight: Tensor, h: Tensor, kept: Tensor, damping: float) -> Tensor:
-    return _compensate_with(weight, h, kept, damping, SOLVE_CPU)
+    with full_precision():
+        return _compensate_with(weight, h, kept, damping, SOLVE_CPU)
 
 
 @_compensate_op.register_kernel("cuda")
 def _compensate_cuda(weight: Tensor, h: Tensor, kept: Tensor, damping: float) -> Tensor:
-    return _compensate_with(weight, h, kept, damping, solve_torch)
+    with full_precision():
+        return _compensate_with(weight, h, kept, damping, solve_torch)
 
 
 def _compensate_with(

@@ -1,7 +1,16 @@
 // The panel of the greedy elimination for groups of one column; see cpu/prune.cpp for the
-// formulas. One thread block owns a layer for the whole panel: a removal is a minimum over the
-// columns, two barriers and one pass over U and V, which stay in the L2 cache. Wider groups are
-// few, and torch's batched operators serve them.
+// formulas, and prune_groups.cu for wider groups. One thread block owns a layer for the whole
+// panel: a removal is a minimum over the columns, a tree of barriers and one pass over U and V.
+//
+// Why one block a layer, and no cluster: a removal late in a panel of 64 reads 2 * 64 * n floats,
+// on average half of that. By the data sheet (not measured): at n = 4608 that is 1.2 MB, which one
+// multiprocessor draws from L2 in about 11 us (64 bytes a clock, 1.7 GHz); 84 layers on 132
+// multiprocessors keep 200 MB of U and V, four times the L2, so that they are bound by memory
+// instead, 100 MB a removal, about 22 us. 30% of 4608 columns are 1382 removals: 15 to 30 ms for
+// all layers together, beside several hundred ms of matrix products. For a batch of 1 to 4 layers
+// a cluster of 4 blocks would bring a removal to about 4 us (a quarter of the columns each, plus a
+// cluster barrier), 10 ms saved of some 40 a layer: not worth a second path that only a GPU can
+// test.
 #ifdef MOSAIC_HOST
 #include "host/cuda_host.h"
 #else
@@ -11,6 +20,8 @@
 #endif
 
 #include "cuda/prune.h"
+
+#include "cuda/choice.h"
 
 namespace mosaic {
 namespace {
@@ -22,50 +33,15 @@ constexpr int kThreads = 512;
 #endif
 
 template <class T>
-struct Best {
-  T loss;
-  std::int64_t column;  // -1: none
-};
-
-// Less loss, then the lower index; the order of the comparisons does not matter.
-template <class T>
-__device__ bool better(const Best<T>& a, const Best<T>& b) {
-  if (a.column < 0 || b.column < 0) return a.column >= 0;
-  return a.loss < b.loss || (a.loss == b.loss && a.column < b.column);
-}
-
-// trace(A_SS^-1 G_SS) of one column, at least 0; `broken` is raised where A_SS is not positive.
-template <class T>
-__device__ T column_loss(T pivot, T energy, bool& broken) {
-  const T loss = (energy > T(0) ? energy : T(0)) / pivot;
-  if (!(pivot > T(0)) || !(loss - loss == T(0))) broken = true;
-  return loss;
-}
-
-template <class T>
-__device__ Best<T> best_of_thread(const Panel<T>& panel, bool& broken) {
+__device__ Best<T> best_of_thread(const Panel<T>& panel) {
   Best<T> best{T(0), -1};
   for (std::int64_t c = threadIdx.x; c < panel.n; c += kThreads) {
     if (!panel.alive[c]) continue;
-    const Best<T> candidate{column_loss(panel.inverse_blocks[c], panel.gram_blocks[c], broken), c};
+    const T pivot = panel.inverse_blocks[c], energy = panel.gram_blocks[c];
+    const Best<T> candidate{loss_or_broken(energy / pivot, pivot > T(0)), c};
     if (better(candidate, best)) best = candidate;
   }
   return best;
-}
-
-// After a breakdown: valid indices, not-a-number losses and empty rows for the rest.
-template <class T>
-__device__ void give_up(const Panel<T>& panel, std::int64_t first) {
-  const std::int64_t begin = first * panel.n, end = panel.pivots * panel.n;
-  for (std::int64_t i = begin + threadIdx.x; i < end; i += kThreads) panel.u[i] = panel.v[i] = T(0);
-  if (threadIdx.x != 0) return;
-  std::int64_t column = 0;
-  for (std::int64_t k = first; k < panel.pivots; ++k) {
-    while (!panel.alive[column]) ++column;
-    panel.alive[column] = 0;
-    panel.picked[k] = column;
-    panel.losses[k] = T(0) / T(0);
-  }
 }
 
 // The new rows k of U and V, and the diagonals they change, for the columns of this thread.
@@ -97,43 +73,31 @@ __device__ void eliminate(const Panel<T>& panel, std::int64_t k, std::int64_t s,
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, 1) prune_panel_kernel(Panel<T> panel) {
+__global__ void __launch_bounds__(kThreads, 1) prune_panel_kernel(Panel<T> first) {
   __shared__ T losses[kThreads];
   __shared__ std::int64_t columns[kThreads];
-  __shared__ int any_broken;
   __shared__ T u_s[kMaxCudaPivots], v_s[kMaxCudaPivots];
-  const std::int64_t n = panel.n, b = blockIdx.x, tid = threadIdx.x;
-  panel.inverse += b * n * n;
-  panel.gram += b * n * n;
-  panel.inverse_blocks += b * n;
-  panel.gram_blocks += b * n;
-  panel.alive += b * n;
-  panel.u += b * panel.pivots * n;
-  panel.v += b * panel.pivots * n;
-  panel.picked += b * panel.pivots;
-  panel.losses += b * panel.pivots;
+  const Panel<T> panel = panel_of_layer(first, blockIdx.x);
+  const std::int64_t n = panel.n, tid = threadIdx.x;
 
   for (std::int64_t k = 0; k < panel.pivots; ++k) {
-    bool broken = false;
-    const Best<T> mine = best_of_thread(panel, broken);
-    if (tid == 0) any_broken = 0;
+    const Best<T> mine = best_of_thread(panel);
     losses[tid] = mine.loss;
-    columns[tid] = mine.column;
+    columns[tid] = mine.group;
     __syncthreads();
-    if (broken) any_broken = 1;
     for (int width = kThreads / 2; width > 0; width /= 2) {
       if (tid < width) {
         const Best<T> here{losses[tid], columns[tid]};
         const Best<T> there{losses[tid + width], columns[tid + width]};
         if (better(there, here)) {
           losses[tid] = there.loss;
-          columns[tid] = there.column;
+          columns[tid] = there.group;
         }
       }
       __syncthreads();
     }
-    if (any_broken) {
-      give_up(panel, k);
+    if (losses[0] < T(0)) {
+      give_up(panel, k, kThreads);
       return;
     }
     const std::int64_t s = columns[0];

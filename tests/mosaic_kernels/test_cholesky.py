@@ -2,10 +2,13 @@ import pytest
 import torch
 
 import mosaic_kernels as mk
-from mosaic_kernels import cholesky
+from mosaic_kernels import _inverse_batched, cholesky
+from mosaic_kernels._extension import EXTENSION
 from mosaic_kernels.ref import cholesky_inverse_ref, damped_ref
 
-LEAVES = sorted({cholesky.invert_factor_torch, cholesky.INVERT_FACTOR_CPU}, key=str)
+LEAVES = [_inverse_batched.leaf_torch]
+LEAVES += [_inverse_batched.leaf_cpp] if EXTENSION.module is not None else []
+ATTEMPTS = sorted({_inverse_batched.invert_by_factors, cholesky.INVERT_CPU}, key=str)
 
 
 def torch_inverse(h, damping):
@@ -38,10 +41,34 @@ def test_leaves_agree_and_a_failure_stays_its_own(leaf):
     a = torch.eye(140).repeat(3, 1, 1) * 4
     a[1, 30, 30] = -1
     failed = torch.zeros(3, dtype=torch.bool)
-    cholesky.inverse_factor_(a, failed, leaf)
+    _inverse_batched.inverse_factor_(a, failed, leaf, 128)
     assert failed.tolist() == [False, True, False]
     assert torch.equal(a[0], torch.eye(140) / 2) and torch.equal(a[2], torch.eye(140) / 2)
     assert torch.isfinite(a).all()
+
+
+@pytest.mark.parametrize("attempt", ATTEMPTS)
+@pytest.mark.parametrize("n", [1, 127, 129, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_both_inverses(attempt, n, dtype, make_layer, check_error):
+    a = make_layer(3, 1, n, dtype)[1]
+    a += 0.1 * torch.eye(n, dtype=dtype)
+    failed = torch.zeros(3, dtype=torch.bool)
+    inverse = attempt(a.tril() + 7 * torch.ones_like(a).triu(1), failed)
+    assert not failed.any() and torch.equal(inverse, inverse.mT)
+    by_torch = torch.stack([torch.cholesky_inverse(torch.linalg.cholesky(m)) for m in a])
+    truth = torch.stack([torch.linalg.inv(m.double()) for m in a])
+    check_error(inverse, by_torch, truth)
+
+
+@pytest.mark.parametrize("attempt", ATTEMPTS)
+def test_a_failure_stays_its_own(attempt):
+    a = torch.eye(300).repeat(3, 1, 1) * 4
+    a[1, 200, 200] = -1
+    failed = torch.zeros(3, dtype=torch.bool)
+    inverse = attempt(a, failed)
+    assert failed.tolist() == [False, True, False]
+    assert torch.equal(inverse[0], torch.eye(300) / 4) and torch.equal(inverse[2], inverse[0])
 
 
 def test_damping_is_raised_for_the_failing_matrix_alone(device, make_layer):
@@ -93,4 +120,4 @@ def test_errors():
 
 def test_opcheck(device, make_layer):
     h = make_layer(2, 1, 6)[1].to(device)
-    torch.library.opcheck(torch.ops.mosaic_kernels.cholesky_inverse.default, (h, 0.01, 10.0))
+    torch.library.opcheck(torch.ops.mosaic_kernels.cholesky_inverse.default, (h, 0.01, 10.0, 0))

@@ -1,40 +1,34 @@
-"""The CUDA panel without a GPU: compiled for each architecture, and run on the CPU."""
+"""The CUDA panel for single columns, run on the CPU, and what holds for every CUDA kernel."""
 
 import ctypes
-import re
-import shutil
+import os
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from host_builds import (
+    COMPILER,
+    KERNELS,
+    PROGRAMS,
+    compile_cuda,
+    host_library,
+    host_program,
+    needs_compiler,
+    needs_nvcc,
+    run,
+)
 
 import mosaic_kernels as mk
 from mosaic_kernels import _elimination
 
-CSRC = Path(__file__).parents[2] / "csrc"
-COMPILER = shutil.which("c++") or shutil.which("g++")
-NVCC = shutil.which("nvcc")
-needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
-HOST = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-pthread"]
-HOST += [f"-I{CSRC}", str(CSRC / "host/prune_host.cpp")]
-
-
-def run(*command):
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout + result.stderr
-
 
 @pytest.fixture(scope="module")
-def host_library(tmp_path_factory):
-    target = tmp_path_factory.mktemp("host") / "prune_host.so"
-    run(COMPILER, "-O1", "-shared", "-fPIC", *HOST, "-o", str(target))
-    return ctypes.CDLL(str(target))
+def library(tmp_path_factory):
+    return host_library("prune_host", tmp_path_factory.mktemp("host"))
 
 
 @pytest.fixture
-def panel_host(host_library):
+def panel_host(library):
     """Return the CUDA panel, run by host threads."""
 
     def run_panel(state, pivots):
@@ -43,7 +37,7 @@ def panel_host(host_library):
         fields = [*_elimination.addresses(state, panel), n, 1, pivots]
         struct = (ctypes.c_int64 * len(fields))(*fields)
         bits = 8 * state.inverse.element_size()
-        getattr(host_library, f"prune_panel_host_f{bits}")(struct, ctypes.c_int64(batch))
+        getattr(library, f"prune_panel_host_f{bits}")(struct, ctypes.c_int64(batch))
         return panel
 
     return run_panel
@@ -86,30 +80,32 @@ def test_breakdown_on_the_host(panel_host, make_layer):
     assert torch.equal(losses[[0, 2]], good[1][[0, 2]])
 
 
+@pytest.mark.kernels
 @needs_compiler
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
-def test_under_sanitizers(sanitizer, tmp_path):
-    program = str(tmp_path / "program")
-    flags = ["-g", "-O1", f"-fsanitize={sanitizer}", "-DMOSAIC_HOST_MAIN"]
-    probe = tmp_path / "probe.cpp"
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_sanitizers(program, sanitizer, tmp_path):
+    flags = ["-g", "-O1", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all"]
+    probe, built = tmp_path / "probe.cpp", str(tmp_path / "probe")
     probe.write_text("int main() { return 0; }\n")
-    trial = subprocess.run([COMPILER, *flags, str(probe), "-o", program], capture_output=True)
-    if trial.returncode or subprocess.run([program], capture_output=True).returncode:
-        pytest.skip(f"needs a working -fsanitize={sanitizer}")
-    run(COMPILER, *flags, *HOST, str(CSRC / "cpu/prune.cpp"), "-o", program)
-    run(program)
+    trial = subprocess.run([COMPILER, *flags, str(probe), "-o", built], capture_output=True)
+    if trial.returncode or subprocess.run([built], capture_output=True).returncode:
+        message = f"needs a working -fsanitize={sanitizer}"
+        if os.environ.get("MOSAIC_REQUIRE_SANITIZERS"):  # make sanitize
+            pytest.fail(message)
+        pytest.skip(message)
+    run(host_program(program, tmp_path, *flags))
 
 
-@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
-@pytest.mark.parametrize("architecture", ["80", "90", "100"])
-def test_compiles_without_warnings_and_spills(architecture, tmp_path):
-    if f"compute_{architecture}" not in run(NVCC, "--list-gpu-arch"):
-        pytest.skip(f"needs an nvcc that compiles for sm_{architecture}")
-    report = run(
-        NVCC,
-        *("-c", str(CSRC / "cuda/prune.cu"), "-o", str(tmp_path / "prune.o"), f"-I{CSRC}"),
-        *("-std=c++17", "-O3", "--Werror=all-warnings", "-Xcompiler=-Wall,-Wextra", "-Xptxas=-v"),
-        f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
-    )
-    spills = re.findall(r"(\d+) bytes spill", report)
-    assert len(spills) == 4 and set(spills) == {"0"}, report
+@needs_nvcc
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize(
+    "architecture",
+    ["90", *(pytest.param(other, marks=pytest.mark.kernels) for other in ("80", "100"))],
+)
+def test_compiles_without_warnings_and_spills(kernel, architecture, tmp_path):
+    compile_cuda(kernel, architecture, tmp_path)
+
+
+def test_every_kernel_runs_on_the_host():
+    assert {f"{kernel}_host" for kernel in KERNELS} == set(PROGRAMS)

@@ -80,10 +80,38 @@ def test_extension_info():
 
 
 @pytest.mark.skipif(not EXTENSION.has_cuda, reason="needs the CUDA kernels")
-def test_cuda_binding_refuses_what_cannot_be():
-    nine = [torch.zeros(256, 1).data_ptr()] * 9
-    with pytest.raises(ValueError, match="prune_panel_cuda: pivots must be at most 128, got 129"):
-        EXTENSION.module.prune_panel_cuda(nine, 1, 256, 129, 4, 0, 0)
+def test_cuda_bindings_refuse_what_cannot_be():
+    module = EXTENSION.module
+    block = torch.zeros(256, 1)
+    address = block.data_ptr()
+    nine = [address] * 9
+    for call, message in [
+        (lambda: module.prune_panel_cuda(nine, 0, 1, 256, 1, 129, 4, 0, 0), "at most 128, got 129"),
+        (lambda: module.prune_panel_cuda(nine, 0, 1, 9, 2, 1, 4, 0, 0), "group_size must be a div"),
+        (
+            lambda: module.prune_panel_cuda(nine, 2, 1, 8, 2, 1, 4, 0, 0),
+            "workspace must be aligned",
+        ),
+        (lambda: module.prune_workspace_cuda(40000, 40000, 4, 0), "group_size must be at most"),
+        (lambda: module.factor_width_cuda(2, 0), "element_bytes must be 4 or 8, got 2"),
+        (
+            lambda: module.invert_factor_cuda(address, 1, 129, 1, 129, address, 4, 0, 0),
+            "invert_factor_cuda: width must be at most 128, got 129",
+        ),
+        (
+            lambda: module.invert_factor_cuda(address, 1, 4, 1, 3, address, 4, 0, 0),
+            "invert_factor_cuda: ld must be at least width, got 3",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+@pytest.mark.skipif(not EXTENSION.has_cuda, reason="needs the CUDA kernels")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_cuda_says_why_it_cannot():
+    with pytest.raises(RuntimeError, match="CUDA says: .* Rebuild with TORCH_CUDA_ARCH_LIST"):
+        EXTENSION.module.factor_width_cuda(4, 0)
 
 
 @built

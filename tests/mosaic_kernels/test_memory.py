@@ -21,8 +21,8 @@ def test_parts_of_a_batch_are_the_batch(device, make_layer):
 
 def test_a_failure_in_a_later_part_names_its_entry(make_layer):
     weight, h = make_layer(3, 4, 8)
-    h[2] -= 100 * torch.eye(8)
-    h[2].diagonal().abs_()
+    h[2] = 1000
+    h[2].diagonal().fill_(1)
     needed = prune.elimination_bytes(4, 8, 1, 8, CPU)
     with pytest.raises(RuntimeError, match="no Cholesky factor for batch entry 2"):
         mk.prune_columns(weight, h, max_bytes=needed)
