@@ -9,7 +9,10 @@ STAMP := $(VENV)/.installed-$(MOSAIC_BUILD)
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 DEMO ?= out/demo
 
-.PHONY: build demo check test bench clean
+# of benchmarks/gpu.sh: build test kernels sanitize bench; all of them by default
+PARTS ?=
+
+.PHONY: build demo check test test-kernels sanitize gpu bench clean
 
 build: $(STAMP)
 
@@ -33,6 +36,20 @@ check: build
 
 test: build
 	$(BIN)/python -m pytest
+
+# The second tier: every kernel in every configuration, and the sanitizers.
+test-kernels: build
+	$(BIN)/python -m pytest -m kernels
+
+# Every program of csrc/host under the address, undefined and thread sanitizers; one that does
+# not work here is a failure.
+sanitize: build
+	MOSAIC_REQUIRE_SANITIZERS=1 $(BIN)/python -m pytest -m kernels -k sanitizers
+
+# On a machine with a CUDA device: build, test with the real kernels, measure. It uses $(PYTHON)
+# as it is, with its torch, and needs no network.
+gpu:
+	PYTHON=$(PYTHON) benchmarks/gpu.sh $(PARTS)
 
 # The slow measurements; each writes rows to benchmarks/results.
 bench: build
