@@ -45,14 +45,17 @@ def add_product_lower_(c: Tensor, *terms: Pair, alpha: float = 1.0) -> None:
     if c.device.type == "cpu" and EXTENSION.module is not None:
         _add_cpp(c, terms, alpha)
         return
-    for p, q in terms:
-        for begin, end in blocks(c.shape[-1]):
-            target = c[..., begin:end, :end]
-            left, right = p[..., begin:end].mT, q[..., :end]
-            if c.dim() == 2:
-                target.addmm_(left, right, alpha=alpha)
-            else:
-                target.baddbmm_(left, right, alpha=alpha)
+    # One pass over C, which is what a product of little depth waits for.
+    p, q = (
+        terms[0] if len(terms) == 1 else (torch.cat(side, -2) for side in zip(*terms, strict=True))
+    )
+    for begin, end in blocks(c.shape[-1]):
+        target = c[..., begin:end, :end]
+        left, right = p[..., begin:end].mT, q[..., :end]
+        if c.dim() == 2:
+            target.addmm_(left, right, alpha=alpha)
+        else:
+            target.baddbmm_(left, right, alpha=alpha)
 
 
 def product(p: Tensor, q: Tensor) -> Tensor:
