@@ -57,6 +57,10 @@ bench: build
 	$(BIN)/python -m benchmarks.bench_quality table
 	$(BIN)/python -m benchmarks.bench_quality headline
 	$(BIN)/python -m benchmarks.bench_speed
+	$(BIN)/python -m benchmarks.bench_hessian
+	$(BIN)/python -m benchmarks.bench_cholesky
+	$(BIN)/python -m benchmarks.bench_prune
+	$(BIN)/python -m benchmarks.bench_errors
 	$(BIN)/python -m benchmarks.render
 
 clean:

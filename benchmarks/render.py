@@ -165,6 +165,42 @@ def draw_quality(path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def kernel_table() -> str:
+    """Every measured kernel beside its baselines: time, share of the floor, error."""
+    lines = [
+        "| device | operation | case | provider | time | of the floor | times ours | error |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for path in sorted(RESULTS.glob("*.csv")):
+        for r in read_rows(path):
+            if "operator" not in r:
+                break
+            threads = f", {r['threads']} threads" if r["device"] == "cpu" else ""
+            lines.append(
+                f"| {path.stem}{threads} | `{r['operator']}` | {r['case']}, {r['dtype']} "
+                f"| {r['provider']} | {float(r['milliseconds']):.4g} ms "
+                f"| {float(r['floor_fraction']):.0%} | {float(r['ratio_to_first']):.2f} "
+                f"| {_error(float(r['error']))} |"
+            )
+    return "\n".join(lines)
+
+
+def _error(value: float) -> str:
+    return f"{value:.1e}" if value == value else ""
+
+
+def error_table() -> str:
+    """Layer error over that of re-inversion in rounds, by kind of layer and sparsity."""
+    lines = ["| layers | sparsity | geometric mean | least | largest |", "|---|---|---|---|---|"]
+    for r in read_rows(RESULTS / "errors.csv"):
+        lines.append(
+            f"| {r['count']} {r['layers']} | {float(r['sparsity']):.0%} | "
+            f"{float(r['ratio_mean']):.3f} | {float(r['ratio_min']):.3f} | "
+            f"{float(r['ratio_max']):.3f} |"
+        )
+    return "\n".join(lines)
+
+
 def replace_block(text: str, name: str, content: str) -> str:
     """Put content between `<!-- name:begin -->` and `<!-- name:end -->`."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
@@ -184,6 +220,8 @@ def main() -> None:
         ("factors", factor_table()),
         ("cap", cap_table()),
         ("speed", speed_table()),
+        ("kernels", kernel_table()),
+        ("errors", error_table()),
     ):
         text = replace_block(text, name, content)
     README.write_text(text)
