@@ -241,6 +241,11 @@ def _merge_kernel(
             tl.store(place, sums, mask=inside)
 
 
+def precision(dtype: torch.dtype) -> str:
+    """Return Triton's ``input_precision`` for activations of a type."""
+    return FLOAT32_PRECISION if dtype == torch.float32 else "ieee"
+
+
 def launch_update(
     h: Tensor,
     x: Tensor,
@@ -350,7 +355,7 @@ def _launch(
         ROWS=config.rows,
         COLS=config.cols,
         TOKENS=config.tokens,
-        PRECISION=FLOAT32_PRECISION if x.dtype == torch.float32 else "ieee",
+        PRECISION=precision(x.dtype),
         num_warps=config.warps,
         num_stages=config.stages,
         enable_fp_fusion=True,  # the default of Triton 3.10 is not, and 3.9 warns about it

@@ -24,6 +24,7 @@ def compile_kernel(kernel, architecture, arguments, constants, options, aligned)
         options: ``num_warps`` and so on.
         aligned: names of the arguments that are multiples of 16, as a launch would find out.
     """
+    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -32,13 +33,7 @@ def compile_kernel(kernel, architecture, arguments, constants, options, aligned)
     signature = {name: arguments.get(name, "constexpr") for name in names}
     divisible = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(kernel, signature, constants, divisible)
-    return triton_compile(source, GPUTarget("cuda", architecture, 32), options)
-
-
-def triton_compile(source, target, options):
-    import triton
-
-    return triton.compile(source, target=target, options=options)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
 def ptxas_report(architecture: int, ptx: str, folder: Path) -> str:
