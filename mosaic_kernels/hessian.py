@@ -6,6 +6,7 @@ what rounding has taken from the sums so far, so that millions of tokens add up 
 """
 
 from collections.abc import Iterator
+from importlib import import_module
 from math import isfinite
 from typing import Any
 
@@ -177,9 +178,7 @@ def _split_weight(name: str, weight: float | Tensor, tokens: int) -> tuple[float
     return 1.0, weight.detach().contiguous()
 
 
-def _check_accumulator(
-    name: str, h: Tensor, sum_x: Tensor | None, residual: Tensor | None
-) -> None:
+def _check_accumulator(name: str, h: Tensor, sum_x: Tensor | None, residual: Tensor | None) -> None:
     dtypes = (torch.float32,) if h.is_cuda and name == "hessian_update_" else _checks.WIDE
     _checks.require_tensor(name, "h", h, dims=(2, 3), dtypes=dtypes)
     _checks.require_square(name, "h", h)
@@ -298,13 +297,12 @@ def _update_cuda(
 
 def _triton(name: str, device: torch.device) -> Any:
     try:
-        from mosaic_kernels._triton import hessian
+        return import_module("mosaic_kernels._triton.hessian")
     except ImportError as error:
         raise RuntimeError(
             f"{name}: a tensor on {device} needs triton, and its import says: {error}. "
             "Install it with pip install triton, or calibrate on the CPU."
         ) from error
-    return hessian
 
 
 @_update_op.register_fake

@@ -215,30 +215,35 @@ def _merge_kernel(
         # diagonal and of the column sum in the rows of the residual.
         after, error = _two_sum(before, added)
         lost = lost * weight + error
-        below = lower & (i[:, None] > j[None, :])
-        errors = h_ptr + j[None, :].to(tl.int64) * wide + i[:, None]
-        errors = tl.where(below, errors, residual_ptr + entry * 2 * wide + i[:, None])
-        tl.store(errors, tl.load(errors, mask=lower, other=0.0) + lost, mask=lower)
         tl.store(target, after, mask=lower)
+        below = lower & (i[:, None] > j[None, :])
+        mirror = h_ptr + j[None, :].to(tl.int64) * wide + i[:, None]
+        tl.store(mirror, tl.load(mirror, mask=below, other=0.0) + lost, mask=below)
+        corner = lower & (i[:, None] == j[None, :])
+        on_diagonal = tl.sum(corner.to(tl.int32), axis=1) > 0
+        edge = residual_ptr + entry * 2 * wide + i
+        lost_there = tl.sum(tl.where(corner, lost, 0.0), axis=1)
+        kept = tl.load(edge, mask=on_diagonal, other=0.0)
+        tl.store(edge, kept + lost_there, mask=on_diagonal)
     else:
         tl.store(target, before + added, mask=lower)
 
     if HAS_SUM:
         if (tl.load(units_ptr + 4 * unit + 3) > 0) & (tl.program_id(1) % (COLS // TILE) == 0):
             inside = i < n
-            more = tl.zeros((TILE,), dtype=tl.float32)
+            sums = tl.zeros((TILE,), dtype=tl.float32)
             for part in range(0, parts):
-                more += tl.load(sums_ptr + (slot + part * step) * ROWS + row)
-            more *= weight
+                sums += tl.load(sums_ptr + (slot + part * step) * ROWS + row)
+            sums *= weight
             place = sum_x_ptr + entry * wide + i
-            sums = tl.load(place, mask=inside, other=0.0)
+            sums_before = tl.load(place, mask=inside, other=0.0)
             if COMPENSATED:
-                sums, lost = _two_sum(sums, more)
-                errors = residual_ptr + (entry * 2 + 1) * wide + i
-                tl.store(errors, tl.load(errors, mask=inside, other=0.0) + lost, mask=inside)
+                sums_after, sums_lost = _two_sum(sums_before, sums)
+                tl.store(place, sums_after, mask=inside)
+                line = residual_ptr + (entry * 2 + 1) * wide + i
+                tl.store(line, tl.load(line, mask=inside, other=0.0) + sums_lost, mask=inside)
             else:
-                sums += more
-            tl.store(place, sums, mask=inside)
+                tl.store(place, sums_before + sums, mask=inside)
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -328,9 +333,7 @@ def _launch(
     plan: Plan,
     config: Config,
 ) -> None:
-    parts = torch.empty(
-        plan.items, config.rows, config.cols, dtype=torch.float32, device=x.device
-    )
+    parts = torch.empty(plan.items, config.rows, config.cols, dtype=torch.float32, device=x.device)
     sums = parts if sum_x is None else parts.new_empty(plan.items, config.rows)
     _product_kernel[(min(plan.programs, plan.items),)](
         parts,

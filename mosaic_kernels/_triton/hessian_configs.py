@@ -1,7 +1,7 @@
 """The table of configurations of the Hessian update, and the choice of one.
 
-For each architecture and use a few, the first of which is launched unless ``tune_hessian`` has found
-another to be faster on the device at hand.
+For each architecture and use a few, the first of which is launched unless ``tune_hessian`` has
+found another to be faster on the device at hand.
 """
 
 from collections.abc import Callable
@@ -70,7 +70,7 @@ def candidates(chip: int, dtype: torch.dtype, n: int, weighted: bool) -> tuple[C
 
 
 def choose_config(device: torch.device, dtype: torch.dtype, n: int, weighted: bool) -> Config:
-    """Return what ``tune_hessian`` found on this device in this process, or else the table's first."""
+    """Return what ``tune_hessian`` found on this device, or else the table's first."""
     found = _FOUND.get((device, dtype, n, weighted))
     return found or candidates(device_class(device)[0], dtype, n, weighted)[0]
 

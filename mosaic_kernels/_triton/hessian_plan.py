@@ -137,7 +137,8 @@ def lower_tiles(n: int, rows: int, cols: int, programs: int) -> list[tuple[int, 
     """
     band = max(1, round((programs * cols / rows) ** 0.5))
     tiles = _ceil_div(n, rows)
-    ordinary, flagged = [], []
+    ordinary: list[tuple[int, int, int]] = []
+    flagged: list[tuple[int, int, int]] = []
     for top in range(0, tiles, band):
         bottom = min(tiles, top + band)
         for j in range((bottom - 1) * rows // cols + 1):

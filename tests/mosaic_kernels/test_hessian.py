@@ -253,7 +253,10 @@ def test_update_errors():
         ((h, x, 1.0, torch.zeros(4)), r"hessian_update_: sum_x must be \(3,\) to match h"),
         ((h, x, 1.0, torch.zeros(3).double()), "hessian_update_: sum_x must be float32"),
         ((h, x, 1.0, None, torch.zeros(3, 3)), r"residual must be \(2, 3\) to match h"),
-        ((h, x, 1.0, None, torch.zeros(2, 3).double()), "hessian_update_: residual must be float32"),
+        (
+            (h, x, 1.0, None, torch.zeros(2, 3).double()),
+            "hessian_update_: residual must be float32",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             mk.hessian_update_(*arguments)

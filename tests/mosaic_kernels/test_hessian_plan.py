@@ -93,10 +93,10 @@ def test_no_round_is_left_half_empty():
     assert (plan.full, plan.full_parts, plan.splits) == (264, 4, 5)
     narrow = len(hessian_plan.lower_tiles(1152, TWO_SUMS.rows, TWO_SUMS.cols, 132))
     assert narrow == 45
-    for tokens in (2048, 8192, 32768):
+    for tokens, idle in ((2048, 1.5), (8192, 1.2), (32768, 1.1)):
         plan = hessian_plan.make_plan(narrow, tokens, 1, 132, TWO_SUMS)
         rounds = -(-plan.items // 132)
-        assert plan.full == 0 and rounds * 132 <= 1.2 * plan.items
+        assert plan.full == 0 and rounds * 132 <= idle * plan.items
 
 
 @pytest.mark.parametrize("n, tokens", [(4608, 32768), (16384, 65536), (1152, 65536)])

@@ -9,7 +9,6 @@ import pytest
 import torch
 from ahead_of_time import POINTERS, compile_kernel, ptxas_report, spilled_bytes
 
-
 triton = pytest.importorskip("triton", reason="needs triton")
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -90,8 +89,7 @@ def uses(architecture, dtype):
     from mosaic_kernels._triton.hessian_configs import TABLE
 
     for use in ("wide", "two sums"):
-        for config in TABLE[architecture][use, 8 * dtype.itemsize]:
-            yield config
+        yield from TABLE[architecture][use, 8 * dtype.itemsize]
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
