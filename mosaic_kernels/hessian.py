@@ -167,12 +167,13 @@ def _split_weight(name: str, weight: float | Tensor, tokens: int) -> tuple[float
         _checks.describe(weight),
         "Give one weight for each sample of the batch; samples have equally many tokens.",
     )
+    bad = weight[~(torch.isfinite(weight) & (weight >= 0))]
     _checks.require(
-        bool((torch.isfinite(weight) & (weight >= 0)).all()),
+        bad.numel() == 0,
         name,
         "weight",
         "finite and at least 0",
-        weight.tolist(),
+        bad[:8].tolist(),
         "Use 0 to leave a sample out.",
     )
     return 1.0, weight.detach().contiguous()
@@ -292,7 +293,9 @@ def _update_cuda(
     sum_x: Tensor | None,
     residual: Tensor | None,
 ) -> None:
-    _triton("hessian_update_", x.device).launch_update(h, x, weight, weights, sum_x, residual)
+    kernels = _triton("hessian_update_", x.device)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        kernels.launch_update(h, x, weight, weights, sum_x, residual)
 
 
 def _triton(name: str, device: torch.device) -> Any:
@@ -370,5 +373,6 @@ def tune_hessian(
     _checks.require(dtype in inputs, name, "dtype", _checks.names(inputs), dtype, cure)
     for label, value in (("n", n), ("tokens", tokens)):
         _checks.require(value >= 1, name, label, "at least 1", value, "Pass a usual size.")
-    times: dict[str, float] = _triton(name, where).tune(where, dtype, n, tokens, per_sample)
+    with torch.cuda.device(where):
+        times: dict[str, float] = _triton(name, where).tune(where, dtype, n, tokens, per_sample)
     return times

@@ -125,8 +125,9 @@ def _product_kernel(
         else:
             tl.store(slot, acc)
 
-        # One unit in each row of tiles sums its columns too, in a second loop: in the first the
-        # sum would pull every operand of the product through registers.
+        # One unit in each row of tiles sums its columns too, in a second loop over tokens it has
+        # just read: in the first loop the sum takes the registers that a wide tile needs (it
+        # spills). These units come last, where items are short.
         if HAS_SUM:
             if tl.load(units_ptr + 4 * unit + 3) > 0:
                 sums = tl.zeros((ROWS,), dtype=tl.float32)
@@ -138,7 +139,7 @@ def _product_kernel(
                         weight = tl.load(weights_ptr + sample)
                         end = tl.where(weight > 0, end, begin)
                     columns = tl.zeros((TOKENS, ROWS), dtype=tl.float32)
-                    for token in range(begin, end, TOKENS):
+                    for token in tl.range(begin, end, TOKENS, num_stages=4):
                         inside = (steps < end - token)[:, None]
                         columns += tl.load(
                             source + token * stride + start + rows[None, :],

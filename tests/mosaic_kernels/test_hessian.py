@@ -244,7 +244,7 @@ def test_update_errors():
         ((h, x.to("meta")), "hessian_update_: x must be on cpu like the other tensors"),
         ((h, x, -1.0), "hessian_update_: weight must be finite and at least 0, got -1.0"),
         ((h, x, float("nan")), "hessian_update_: weight must be finite and at least 0, got nan"),
-        ((h, x, torch.tensor([1.0, -1.0])), r"weight must be finite and at least 0, got \[1.0, -1"),
+        ((h, x, torch.tensor([1.0, -1.0])), r"weight must be finite and at least 0, got \[-1.0\]"),
         ((h, x, torch.ones(3)), r"weight must be \(samples,\) with 4 tokens a multiple of samples"),
         ((h, x, torch.ones(0)), r"weight must be \(samples,\) with 4 tokens a multiple of samples"),
         ((h, x, torch.ones(2).half()), "hessian_update_: weight must be float32 or float64"),
