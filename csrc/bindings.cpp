@@ -35,10 +35,22 @@ void check_common(const char* function, std::int64_t element_bytes, std::int64_t
 }
 
 template <class T>
-void mirror_lower(Address h, std::int64_t n, double divisor, int threads) {
-  T* matrix = pointer<T>(h, "mirror_lower", "h");
+void add_compensated_lower(Address h, Address part, Address residual, std::int64_t n,
+                           int threads) {
+  const char* name = "add_compensated_lower";
+  T* matrix = pointer<T>(h, name, "h");
+  const T* added = pointer<const T>(part, name, "part");
+  T* errors = pointer<T>(residual, name, "residual");
   py::gil_scoped_release release;
-  mosaic::mirror_lower(matrix, n, divisor, threads);
+  mosaic::add_compensated_lower(matrix, added, errors, n, threads);
+}
+
+template <class T>
+void mirror_lower(Address h, std::int64_t n, double divisor, int threads, Address residual) {
+  T* matrix = pointer<T>(h, "mirror_lower", "h");
+  const T* errors = residual ? pointer<const T>(residual, "mirror_lower", "residual") : nullptr;
+  py::gil_scoped_release release;
+  mosaic::mirror_lower(matrix, errors, n, divisor, threads);
 }
 
 template <class T>
@@ -187,13 +199,26 @@ PYBIND11_MODULE(_C, module) {
 #endif
 
   module.def(
+      "add_compensated_lower",
+      [](Address h, Address part, Address residual, std::int64_t n, int element_bytes,
+         int threads) {
+        check_common("add_compensated_lower", element_bytes, n, threads);
+        (element_bytes == 4 ? add_compensated_lower<float> : add_compensated_lower<double>)(
+            h, part, residual, n, threads);
+      },
+      py::arg("h"), py::arg("part"), py::arg("residual"), py::arg("n"), py::arg("element_bytes"),
+      py::arg("threads"));
+
+  module.def(
       "mirror_lower",
-      [](Address h, std::int64_t n, double divisor, int element_bytes, int threads) {
+      [](Address h, std::int64_t n, double divisor, int element_bytes, int threads,
+         Address residual) {
         check_common("mirror_lower", element_bytes, n, threads);
-        (element_bytes == 4 ? mirror_lower<float> : mirror_lower<double>)(h, n, divisor, threads);
+        (element_bytes == 4 ? mirror_lower<float> : mirror_lower<double>)(h, n, divisor, threads,
+                                                                          residual);
       },
       py::arg("h"), py::arg("n"), py::arg("divisor"), py::arg("element_bytes"),
-      py::arg("threads"));
+      py::arg("threads"), py::arg("residual") = 0);
 
   module.def(
       "invert_factor",

@@ -5,7 +5,7 @@ Importing is free: it starts no CUDA context, imports no triton and prints nothi
 
 from mosaic_kernels._backends import backends
 from mosaic_kernels.cholesky import cholesky_inverse
-from mosaic_kernels.hessian import hessian_finalize_, hessian_update_
+from mosaic_kernels.hessian import hessian_finalize_, hessian_update_, tune_hessian
 from mosaic_kernels.prune import Trajectory, compensate, prune_columns
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "hessian_finalize_",
     "hessian_update_",
     "prune_columns",
+    "tune_hessian",
 ]

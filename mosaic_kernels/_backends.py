@@ -59,7 +59,7 @@ def backends() -> dict[str, Any]:
         "extension": EXTENSION.info(),
         "operators": {
             "hessian_update_": {
-                "cpu": {"implementation": "torch", "note": "lower blocks of a BLAS product"},
+                "cpu": _cpp("lower triangle, narrow inputs read as they are"),
                 "cuda": _triton(),
             },
             "hessian_finalize_": {"cpu": _cpp("tiled mirror"), "cuda": _cuda("torch", "")},

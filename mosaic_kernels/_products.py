@@ -58,6 +58,14 @@ def add_product_lower_(c: Tensor, *terms: Pair, alpha: float = 1.0) -> None:
             target.baddbmm_(left, right, alpha=alpha)
 
 
+def widens(c: Tensor, x: Tensor) -> bool:
+    """Tell whether ``add_product_lower_`` takes ``x`` as it is for a result in ``c``."""
+    if x.dtype == c.dtype:
+        return True
+    compiled = c.device.type == "cpu" and EXTENSION.module is not None
+    return compiled and c.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
+
+
 def product(p: Tensor, q: Tensor) -> Tensor:
     """Return P^T Q for (k, m) P and (k, n) Q of one type, float32 or float64."""
     if p.device.type == "cpu" and EXTENSION.module is not None:

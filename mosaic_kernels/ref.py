@@ -10,12 +10,13 @@ from torch import Tensor
 
 
 def hessian_ref(
-    batches: Iterable[tuple[Tensor, float]], columns: int
+    batches: Iterable[tuple[Tensor, float | Tensor]], columns: int
 ) -> tuple[Tensor, Tensor, float]:
     """Return (H, sum of x, total weight) of weighted batches: H = sum of weight * X^T X.
 
     Args:
-        batches: pairs of (tokens, n) activations and the weight of each of their tokens.
+        batches: pairs of (tokens, n) activations and the weight of each of their tokens, or
+            (samples,) weights of runs of equally many tokens.
         columns: n.
     """
     h = torch.zeros(columns, columns, dtype=torch.float64)
@@ -23,9 +24,11 @@ def hessian_ref(
     total = 0.0
     for x, weight in batches:
         wide = x.detach().cpu().double()
-        h += weight * (wide.T @ wide)
-        sum_x += weight * wide.sum(0)
-        total += weight * wide.shape[0]
+        weights = torch.as_tensor(weight, dtype=torch.float64).reshape(-1, 1)
+        factor = weights.repeat_interleave(len(wide) // len(weights), 0)
+        h += wide.T @ (factor * wide)
+        sum_x += (factor * wide).sum(0)
+        total += float(factor.sum())
     return h, sum_x, total
 
 

@@ -27,6 +27,9 @@ class Statistics:
 class HessianBank:
     """Sum w x x^T and w x over calibration tokens; activations are never kept.
 
+    What rounding takes from the sums is kept beside them: a calibration of millions of tokens
+    loses nothing, and no second matrix is needed for it.
+
     Args:
         widths: input features of each reader, by name.
         device: where the sums live.
@@ -37,6 +40,7 @@ class HessianBank:
             name: (
                 torch.zeros(n, n, dtype=torch.float32, device=device),
                 torch.zeros(n, dtype=torch.float32, device=device),
+                torch.zeros(2, n, dtype=torch.float32, device=device),
             )
             for name, n in widths.items()
         }
@@ -45,13 +49,13 @@ class HessianBank:
     @staticmethod
     def bytes_needed(widths: dict[str, int]) -> int:
         """Return the bytes that the sums of these readers take."""
-        return sum(4 * n * (n + 1) for n in widths.values())
+        return sum(4 * n * (n + 3) for n in widths.values())
 
     def update(self, reader: str, x: torch.Tensor, weight: float = 1.0) -> None:
         """Add the tokens of one call, x (..., n), each with the same weight."""
-        hessian, total = self._sums[reader]
+        hessian, total, residual = self._sums[reader]
         tokens = x.detach().reshape(-1, x.shape[-1])
-        hessian_update_(hessian, tokens, weight, total)
+        hessian_update_(hessian, tokens, weight, total, residual)
         self._weights[reader] += weight * tokens.shape[0]
 
     def finalize(self, reader: str) -> Statistics:
@@ -60,10 +64,10 @@ class HessianBank:
         Raises:
             ValueError: the reader saw no sample, or something that is not finite.
         """
-        hessian, total = self._sums.pop(reader)
+        hessian, total, residual = self._sums.pop(reader)
         weight = self._weights.pop(reader)
         try:
-            hessian_finalize_(hessian, weight, total)
+            hessian_finalize_(hessian, weight, total, residual)
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"calibration: input of {reader}: {error}") from None
         return Statistics(hessian, total, weight)

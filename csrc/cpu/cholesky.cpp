@@ -119,7 +119,7 @@ struct Sweep {
       multiply(operand(diagonal.data(), width, 1), y, width, rows);
       store(begin, width);
     }
-    mirror_lower(a, n, -1.0, threads);
+    mirror_lower(a, static_cast<const T*>(nullptr), n, -1.0, threads);
     return true;
   }
 

@@ -50,7 +50,7 @@ def test_a_module_that_does_not_load_is_one_guided_error(tmp_path, monkeypatch):
 
 def test_backends_names_every_operator(monkeypatch):
     operators = mk.backends()["operators"]
-    public = {name for name in mk.__all__ if name not in ("Trajectory", "backends")}
+    public = {name for name in mk.__all__ if name not in ("Trajectory", "backends", "tune_hessian")}
     assert set(operators) == public
     for entries in operators.values():
         assert set(entries) == {"cpu", "cuda"}
@@ -126,6 +126,9 @@ def test_bindings_refuse_what_cannot_be():
         (lambda: module.mirror_lower(address, 4, 1.0, 2, 1), "element_bytes must be 4 or 8, got 2"),
         (lambda: module.mirror_lower(address, 0, 1.0, 4, 1), "n must be at least 1, got 0"),
         (lambda: module.mirror_lower(address, 4, 1.0, 4, 0), "threads must be at least 1, got 0"),
+        (lambda: module.mirror_lower(address, 4, 1.0, 4, 1, address + 1), "residual must be al"),
+        (lambda: module.add_compensated_lower(address, 0, address, 4, 4, 1), "part must be a non"),
+        (lambda: module.add_compensated_lower(address, address, 0, 4, 4, 1), "residual must be a"),
         (lambda: module.invert_factor(address, 0, 4, 16, 4, address, 4, 1), "batch must be"),
         (lambda: module.invert_factor(address, 1, 4, 16, 3, address, 4, 1), "ld must be at least"),
         (lambda: module.prune_panel(nine, 0, 4, 1, 1, 4, 1), "batch must be at least 1"),

@@ -1,25 +1,26 @@
 """The Triton kernels without a GPU: interpreted, and compiled for each architecture."""
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ahead_of_time import POINTERS, compile_kernel, ptxas_report, spilled_bytes
 
 triton = pytest.importorskip("triton", reason="needs triton")
 
-POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
-SMALLEST_SHARED = 101376  # bytes a block may use on sm_86, sm_89 and sm_120
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+# Bytes a block may use: 99 KiB on sm_86, sm_89 and sm_120, which share a table with sm_80.
+SHARED = {80: 101376, 90: 232448, 100: 232448}
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 
-def test_interpreted():
+def interpret(*arguments):
     script = Path(__file__).with_name("interpret_hessian.py")
     run = subprocess.run(
-        [sys.executable, str(script)],
+        [sys.executable, str(script), *arguments],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -28,88 +29,133 @@ def test_interpreted():
     assert "the interpreter agrees" in run.stdout
 
 
-def compile_update(architecture, dtype, config, has_sum, sizes):
-    """Compile ahead of time; ``sizes`` fixes tokens, n and x_stride to one, as a launch would."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+@pytest.mark.interpreter
+def test_interpreted():
+    interpret()
 
+
+@pytest.mark.interpreter
+@pytest.mark.kernels
+def test_interpreted_in_every_configuration():
+    interpret("all")
+
+
+def compile_product(architecture, dtype, config, has_sum, weighted, **fixed):
+    """Compile ahead of time; ``fixed`` are sizes of one, which a launch makes constants."""
     from mosaic_kernels._triton import hessian
 
-    signature = {
-        "h_ptr": "*fp32",
-        "x_ptr": POINTERS[dtype],
-        "sum_ptr": "*fp32",
-        "tokens": sizes or "i32",
-        "n": sizes or "i32",
-        "x_stride": sizes or "i32",
-        "weight": "fp32",
-        "HAS_SUM": "constexpr",
-        "TILE": "constexpr",
-        "TOKENS": "constexpr",
+    kernel = hessian._product_kernel
+    constants = {
+        "HAS_SUM": has_sum,
+        "WEIGHTED": weighted,
+        "TWO_SUMS": config.two_sums,
+        "ROWS": config.rows,
+        "COLS": config.cols,
+        "TOKENS": config.tokens,
+        "PRECISION": hessian.precision(dtype),
+        **fixed,
     }
-    constants = {"HAS_SUM": has_sum, "TILE": config.tile, "TOKENS": config.tokens}
-    if sizes:
-        constants |= {"tokens": 1, "n": 1, "x_stride": 1}
+    types = dict.fromkeys(kernel.arg_names, "i32")
+    types |= dict.fromkeys(("parts_ptr", "sums_ptr", "weights_ptr"), "*fp32")
+    types |= {"x_ptr": POINTERS[dtype], "units_ptr": "*i32", "batch_stride": "i64"}
+    arguments = {name: types[name] for name in kernel.arg_names if name not in constants}
     # Pointers from torch are aligned, and widths of layers are multiples of 16.
-    aligned = [0, 1, 2] + ([] if sizes else [4, 5])
-    source = ASTSource(
-        hessian._update_kernel,
-        signature,
-        constants,
-        {(i,): [["tt.divisibility", 16]] for i in aligned},
-    )
+    sizes = [name for name in ("n", "batch_stride", "token_stride") if name in arguments]
+    aligned = [name for name in arguments if name.endswith("_ptr")] + sizes
     options = {
         "num_warps": config.warps,
         "num_stages": config.stages,
         "enable_fp_fusion": True,
     }
-    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    return compile_kernel(kernel, architecture, arguments, constants, options, aligned)
 
 
-def spilled_bytes(architecture, ptx, folder):
-    """Return what ptxas says about spills; the compiled object tells it only on a GPU."""
-    from triton.backends.nvidia.compiler import get_ptxas
-
-    path = folder / "kernel.ptx"
-    path.write_text(ptx)
-    chip = re.search(r"\.target (\w+)", ptx).group(1)
-    command = [
-        get_ptxas(architecture).path,
-        "-v",
-        f"--gpu-name={chip}",
-        str(path),
-        "-o",
-        os.devnull,
-    ]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    found = re.findall(r"(\d+) bytes spill", run.stderr)
-    assert found, run.stderr
-    return sum(map(int, found))
+def check_product(architecture, dtype, config, has_sum, weighted, folder):
+    kernel = compile_product(architecture, dtype, config, has_sum, weighted)
+    ptx = kernel.asm["ptx"]
+    assert kernel.metadata.shared <= SHARED[architecture]
+    report = ptxas_report(architecture, ptx, folder)
+    assert spilled_bytes(report) == 0
+    assert "serialized" not in report  # ptxas makes wgmma wait for each other where it must
+    assert MATRIX_INSTRUCTION[architecture] in ptx
+    assert "cp.async" in ptx  # the next tokens are loaded while these are multiplied
+    products = [line for line in kernel.asm["ttir"].splitlines() if "tt.dot " in line]
+    assert len(products) == 1
+    if dtype == torch.float32:
+        assert "tf32x3" in products[0]  # never plain TF32
+    elif architecture == 90:
+        assert f"wgmma.mma_async.sync.aligned.m64n{config.cols}k16" in ptx
 
 
+def uses(architecture, dtype):
+    from mosaic_kernels._triton.hessian_configs import TABLE
+
+    for use in ("wide", "two sums"):
+        yield from TABLE[architecture][use, 8 * dtype.itemsize]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_compiles_for_hopper(dtype, tmp_path):
+    check_product(90, dtype, next(uses(90, dtype)), True, False, tmp_path)
+
+
+@pytest.mark.kernels
 @pytest.mark.parametrize("architecture", [80, 90, 100])
-@pytest.mark.parametrize("dtype", POINTERS, ids=str)
-@pytest.mark.parametrize("table", ["NARROW", "WIDE"])
-def test_compiles_ahead_of_time(architecture, dtype, table, tmp_path):
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_every_configuration_compiles(architecture, dtype, tmp_path):
+    for config in uses(architecture, dtype):
+        for has_sum in (True, False):
+            for weighted in (True, False) if config.two_sums else (False,):
+                check_product(architecture, dtype, config, has_sum, weighted, tmp_path)
+
+
+def compile_merge(architecture, config, has_sum, compensated, **fixed):
     from mosaic_kernels._triton import hessian
 
-    config = getattr(hessian, table)[dtype]
-    for has_sum in (True, False):
-        kernel = compile_update(architecture, dtype, config, has_sum, None)
-        ptx = kernel.asm["ptx"]
-        assert kernel.metadata.shared <= SMALLEST_SHARED
-        assert spilled_bytes(architecture, ptx, tmp_path) == 0
-        on_tensor_cores = any(name in ptx for name in MATRIX_INSTRUCTION.values())
-        assert on_tensor_cores == (dtype != torch.float32)  # never TF32
-        if on_tensor_cores:
-            assert MATRIX_INSTRUCTION[architecture] in ptx
+    kernel = hessian._merge_kernel
+    constants = {
+        "HAS_SUM": has_sum,
+        "COMPENSATED": compensated,
+        "ROWS": config.rows,
+        "COLS": config.cols,
+        "TILE": min(hessian.MERGE_TILE, config.rows),
+        **fixed,
+    }
+    types = {name: "*fp32" if name.endswith("_ptr") else "i32" for name in kernel.arg_names}
+    types |= {"units_ptr": "*i32", "weight": "fp32"}
+    arguments = {name: types[name] for name in kernel.arg_names if name not in constants}
+    aligned = [name for name in arguments if name.endswith("_ptr") or name == "n"]
+    options = {"num_warps": 8, "enable_fp_fusion": False}
+    return compile_kernel(kernel, architecture, arguments, constants, options, aligned)
+
+
+def check_merge(architecture, config, has_sum, compensated, folder):
+    kernel = compile_merge(architecture, config, has_sum, compensated)
+    assert kernel.metadata.shared <= SHARED[80]
+    ptx = kernel.asm["ptx"]
+    assert "fma.rn.f32" not in ptx  # a fused product has another error than the two-sum finds
+    assert spilled_bytes(ptxas_report(architecture, ptx, folder)) == 0
+
+
+def test_merge_compiles(tmp_path):
+    check_merge(90, next(uses(90, torch.bfloat16)), True, True, tmp_path)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize("compensated", [True, False])
+def test_every_merge_compiles(architecture, compensated, tmp_path):
+    shapes = {
+        (config.rows, config.cols): config
+        for dtype in FLOATS
+        for config in uses(architecture, dtype)
+    }
+    for config in shapes.values():
+        for has_sum in (True, False):
+            check_merge(architecture, config, has_sum, compensated, tmp_path)
 
 
 def test_compiles_where_a_launch_fixes_sizes_to_one():
-    from mosaic_kernels._triton import hessian
-
-    config = hessian.choose_config(torch.float16, 1)
-    assert config == hessian.NARROW[torch.float16]
-    assert hessian.choose_config(torch.float16, 4608) == hessian.WIDE[torch.float16]
-    compile_update(90, torch.float16, config, True, "constexpr")
+    config = list(uses(90, torch.float16))[2]
+    compile_product(90, torch.float16, config, True, True, n=1, batch_stride=1, token_stride=1)
+    compile_merge(90, config, True, True, n=1)
