@@ -70,13 +70,13 @@ def _summary(values: list[float]) -> Timing:
     return Timing(*torch.quantile(torch.tensor(values, dtype=torch.float64), levels).tolist())
 
 
-def product_rate(device: torch.device, dtype: torch.dtype, n: int | None = None) -> float:
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Return the best measured operations per second of a matrix product, two per multiply-add.
 
     On the CPU the better of torch's and our own, in the type of the sums (float32 for bfloat16
     inputs); on CUDA torch's on random data.
     """
-    n = n or (8192 if device.type == "cuda" else 2304)
+    n = 8192 if device.type == "cuda" else 4096
     work = dtype if device.type == "cuda" or dtype == torch.float64 else torch.float32
     a = torch.randn(n, n, device=device).to(work)
     b = torch.randn(n, n, device=device).to(work)

@@ -54,7 +54,6 @@ def backends() -> dict[str, Any]:
         entry has ``implementation`` ("torch", "C++ (OpenMP)", "triton", "unavailable") and
         ``note``: what it consists of, or why there is nothing better and how to get it.
     """
-    solve = {"implementation": "torch", "note": "a Cholesky solve: LAPACK's is the best there is"}
     return {
         "extension": EXTENSION.info(),
         "operators": {
@@ -64,13 +63,13 @@ def backends() -> dict[str, Any]:
             },
             "hessian_finalize_": {"cpu": _cpp("tiled mirror"), "cuda": _cuda("torch", "")},
             "cholesky_inverse": {
-                "cpu": _cpp("diagonal blocks in C++, products by torch"),
+                "cpu": _cpp("block sweep in place"),
                 "cuda": _cuda_inverse(),
             },
             "prune_columns": {
-                "cpu": _cpp("panels in C++, products by torch"),
+                "cpu": _cpp("panels, and products of half a matrix"),
                 "cuda": _cuda_panels(),
             },
-            "compensate": {"cpu": solve, "cuda": _cuda("torch", "")},
+            "compensate": {"cpu": _cpp("blocked Cholesky solve"), "cuda": _cuda("torch", "")},
         },
     }
