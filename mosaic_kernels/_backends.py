@@ -33,6 +33,13 @@ def _cuda_panels() -> dict[str, str]:
     return _cuda("torch", note)
 
 
+def _cuda_walk() -> dict[str, str]:
+    if EXTENSION.has_cuda:
+        return _cuda("CUDA", "walks in CUDA, masks and products by torch")
+    note = "walks on torch, many small launches: reinstall with MOSAIC_BUILD=cuda and nvcc"
+    return _cuda("torch", note)
+
+
 def _triton() -> dict[str, str]:
     if torch.cuda.is_available() and find_spec("triton") is None:
         return {"implementation": "unavailable", "note": "triton is missing: pip install triton"}
@@ -63,6 +70,10 @@ def backends() -> dict[str, Any]:
             "prune_columns": {
                 "cpu": _cpp("panels in C++, products by torch"),
                 "cuda": _cuda_panels(),
+            },
+            "prune_weights": {
+                "cpu": _cpp("masks and walks in C++, products by torch"),
+                "cuda": _cuda_walk(),
             },
             "compensate": {"cpu": solve, "cuda": _cuda("torch", "")},
         },

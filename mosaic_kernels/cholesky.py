@@ -11,15 +11,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from mosaic_kernels import _checks, _products
+from mosaic_kernels import _checks, _damping, _products
 from mosaic_kernels._extension import EXTENSION
 
 DIAGONAL_BLOCK = 128  # columns that are factored at once: 64 KiB of float32
-FIRST_DAMPING = 1e-8  # where the ladder starts when damping 0 does not do
 
 
 def cholesky_inverse(
-    h: Tensor, damping: float = 0.01, max_damping: float = 10.0
+    h: Tensor, damping: float = 0.01, max_damping: float = _damping.MAX_DAMPING
 ) -> tuple[Tensor, Tensor]:
     """Invert H + d * mean(diag H) * I, raising d for a matrix that is not positive definite.
 
@@ -58,13 +57,7 @@ def cholesky_inverse(
     batch = (h.unsqueeze(0) if h.dim() == 2 else h).detach()
     require_usable(name, batch)
     inverse, used = _inverse_op(batch, float(damping), float(max_damping))
-    failed = torch.isinf(used)
-    if bool(failed.any()):
-        raise RuntimeError(
-            f"{name}: h must be positive definite after damping, got no Cholesky factor for batch "
-            f"{_checks.bad_entries(failed)} with damping up to {max_damping}. Check that H is "
-            "finalised and symmetric, or raise max_damping."
-        )
+    _damping.require_factor(name, used, max_damping, ", or raise max_damping")
     return (inverse[0] if h.dim() == 2 else inverse), used
 
 
@@ -144,28 +137,11 @@ def inverse_factor_(a: Tensor, failed: Tensor, leaf: InvertFactor) -> None:
 def _inverse_with(
     h: Tensor, damping: float, limit: float, leaf: InvertFactor
 ) -> tuple[Tensor, Tensor]:
-    result: Tensor | None = None
-    used = torch.full((h.shape[0],), float("inf"), dtype=torch.float64)
-    mean = h.diagonal(dim1=-2, dim2=-1).double().mean(-1)
-    waiting = torch.arange(h.shape[0], device=h.device)
-    level = damping
-    while waiting.numel() and level <= limit * (1 + 1e-9):
-        factor = h[waiting]
-        factor.diagonal(dim1=-2, dim2=-1).add_((level * mean[waiting])[:, None].to(h.dtype))
-        failed = torch.zeros(waiting.shape, dtype=torch.bool, device=h.device)
-        inverse_factor_(factor, failed, leaf)
-        inverse = _products.lower_gram(factor)
-        failed |= ~_checks.all_finite(inverse)
-        done = ~failed
-        if result is None:
-            result = inverse
-        else:
-            result[waiting[done]] = inverse[done]
-        used[waiting[done].cpu()] = level
-        waiting = waiting[failed]
-        level = level * 10 if level > 0 else FIRST_DAMPING
-    assert result is not None
-    return result, used
+    def invert(damped: Tensor, failed: Tensor) -> Tensor:
+        inverse_factor_(damped, failed, leaf)
+        return _products.lower_gram(damped)
+
+    return _damping.climb(h, damping, limit, invert)
 
 
 @torch.library.custom_op("mosaic_kernels::cholesky_inverse", mutates_args=())
