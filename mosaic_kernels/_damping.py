@@ -27,7 +27,7 @@ def climb(h: Tensor, damping: float, limit: float, attempt: Attempt) -> tuple[Te
     waiting = torch.arange(h.shape[0], device=h.device)
     level = damping
     while waiting.numel() and level <= limit * (1 + 1e-9):
-        damped = h[waiting]
+        damped = h[waiting].contiguous()  # indexing may keep the strides of a transpose
         damped.diagonal(dim1=-2, dim2=-1).add_((level * mean[waiting])[:, None].to(h.dtype))
         failed = torch.zeros(waiting.shape, dtype=torch.bool, device=h.device)
         attempted = attempt(damped, failed)

@@ -89,9 +89,7 @@ def prune_weights(
     n = h.shape[-1]
     keep, of = _check_target(name, n, sparsity, pattern)
     _checks.require_damping(name, damping)
-    _checks.require(
-        block_size >= 1, name, "block_size", "at least 1", block_size, "128 is usual."
-    )
+    _checks.require(block_size >= 1, name, "block_size", "at least 1", block_size, "128 is usual.")
     if of:
         block_size = max(block_size // of, 1) * of
     batch_h = h if h.dim() == 3 else h.unsqueeze(0)

@@ -22,17 +22,18 @@ constexpr int kThreads = 8;  // real threads on the host: enough for every path
 #else
 constexpr int kThreads = 64;
 #endif
-constexpr int kColumns = 16;   // columns of a row in registers
-constexpr int kPieceRows = 64;  // rows of U in shared memory: 8 KiB of doubles
+constexpr int kPieceRows = 64;  // rows of U in shared memory: 4 KiB
+template <class T>
+constexpr int kColumns = 64 / sizeof(T);  // columns of a row in registers; 16 doubles spill
 
 // A piece of U, shared by the threads: rows of the block by kColumns of its columns.
 template <class T>
-using Piece = T[kPieceRows][kColumns];
+using Piece = T[kPieceRows][kColumns<T>];
 
 // The columns of one thread's row. Rows beyond m take part in the barriers alone.
 template <class T>
 struct Row {
-  T columns[kColumns];
+  T columns[kColumns<T>];
   T* errors;  // (width, m) from this row's first entry on
   std::int64_t stride;
   bool active;
@@ -43,18 +44,24 @@ template <class T>
 __device__ void load_piece(const SweepBlock<T>& block, Piece<T>& piece, std::int64_t from,
                            std::int64_t count, std::int64_t first) {
   __syncthreads();  // a slower thread may still be reading the piece before
-  for (std::int64_t i = threadIdx.x; i < count * kColumns; i += kThreads) {
-    const std::int64_t r = i / kColumns, c = i % kColumns;
+  for (std::int64_t i = threadIdx.x; i < count * kColumns<T>; i += kThreads) {
+    const std::int64_t r = i / kColumns<T>, c = i % kColumns<T>;
     const std::int64_t row = block.begin + from + r, column = block.begin + first + c;
     piece[r][c] = first + c < block.width ? block.factor[row * block.n + column] : T(0);
   }
   __syncthreads();
 }
 
-// Takes the errors of the columns [from, to) out of the columns from `first` on.
+// Columns from `first` to at most `end` into registers, less the errors of [from, to). `source`
+// holds the columns, `stride` apart.
 template <class T>
-__device__ void catch_up(const SweepBlock<T>& block, Piece<T>& piece, Row<T>& row,
-                         std::int64_t from, std::int64_t to, std::int64_t first) {
+__device__ void catch_up(const SweepBlock<T>& block, Piece<T>& piece, Row<T>& row, const T* source,
+                         std::int64_t stride, std::int64_t from, std::int64_t to,
+                         std::int64_t first, std::int64_t end) {
+#pragma unroll
+  for (int i = 0; i < kColumns<T>; ++i) {
+    row.columns[i] = row.active && first + i < end ? source[(first + i) * stride] : T(0);
+  }
   for (std::int64_t begin = from; begin < to; begin += kPieceRows) {
     const std::int64_t count = to - begin < kPieceRows ? to - begin : kPieceRows;
     load_piece(block, piece, begin, count, first);
@@ -63,7 +70,21 @@ __device__ void catch_up(const SweepBlock<T>& block, Piece<T>& piece, Row<T>& ro
     for (std::int64_t r = 0; r < count; ++r) {
       const T error = row.errors[(begin + r) * row.stride];
 #pragma unroll
-      for (int i = 0; i < kColumns; ++i) row.columns[i] -= error * piece[r][i];
+      for (int i = 0; i < kColumns<T>; ++i) row.columns[i] -= error * piece[r][i];
+    }
+  }
+}
+
+// Puts the columns [begin, end), less the errors of [from, to), where their errors will be.
+template <class T>
+__device__ void advance(const SweepBlock<T>& block, Piece<T>& piece, Row<T>& row, const T* source,
+                        std::int64_t stride, std::int64_t from, std::int64_t to,
+                        std::int64_t begin, std::int64_t end) {
+  for (std::int64_t first = begin; first < end; first += kColumns<T>) {
+    catch_up(block, piece, row, source, stride, from, to, first, end);
+#pragma unroll
+    for (int i = 0; i < kColumns<T>; ++i) {
+      if (row.active && first + i < end) row.errors[(first + i) * row.stride] = row.columns[i];
     }
   }
 }
@@ -96,7 +117,7 @@ __device__ T walk_columns(Row<T>& row, const Piece<T>& piece, T* weight, const s
                           std::int64_t first, std::int64_t count) {
   T loss = 0;
 #pragma unroll
-  for (int i = 0; i < kColumns; ++i) {
+  for (int i = 0; i < kColumns<T>; ++i) {
     if (i < count) {
       const bool kept = mask[first + i] != 0;
       const T error = kept ? T(0) : row.columns[i] / piece[i][i];
@@ -104,15 +125,15 @@ __device__ T walk_columns(Row<T>& row, const Piece<T>& piece, T* weight, const s
       row.errors[(first + i) * row.stride] = error;
       loss += error * error;
 #pragma unroll
-      for (int k = i + 1; k < kColumns; ++k) row.columns[k] -= error * piece[i][k];
+      for (int k = i + 1; k < kColumns<T>; ++k) row.columns[k] -= error * piece[i][k];
     }
   }
   return loss;
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) sweep_block_kernel(SweepBlock<T> block) {
-  alignas(16) __shared__ T piece[kPieceRows][kColumns];
+__global__ void __launch_bounds__(kThreads, 1) sweep_block_kernel(SweepBlock<T> block) {
+  alignas(16) __shared__ T piece[kPieceRows][kColumns<T>];
   const std::int64_t tiles = (block.m + kThreads - 1) / kThreads;
   const std::int64_t b = blockIdx.x / tiles, n = block.n, width = block.width;
   const std::int64_t index = blockIdx.x % tiles * kThreads + threadIdx.x;
@@ -124,35 +145,24 @@ __global__ void __launch_bounds__(kThreads) sweep_block_kernel(SweepBlock<T> blo
   row.stride = block.m;
   row.active = index < block.m;
   T loss = 0;
-  // A span is walked as one: whole groups, since a mask is chosen before any of them is pruned.
-  const std::int64_t of = block.of;
-  const std::int64_t span = of == 0 ? kColumns : of < kColumns ? kColumns / of * of : of;
+  // What lies to the left of a span is taken in at once for all groups that fit in kColumns.
+  const std::int64_t group = block.of == 0 ? kColumns<T> : block.of;
+  const std::int64_t span = group < kColumns<T> ? kColumns<T> / group * group : group;
   for (std::int64_t begin = 0; begin < width; begin += span) {
     const std::int64_t end = begin + span < width ? begin + span : width;
-    for (std::int64_t first = begin; first < end; first += kColumns) {
-      const std::int64_t count = end - first;
-#pragma unroll
-      for (int i = 0; i < kColumns; ++i) {
-        row.columns[i] = row.active && i < count ? weight[first + i] : T(0);
+    advance(block, piece, row, weight, 1, 0, begin, begin, end);
+    for (std::int64_t left = begin; left < end; left += group) {
+      const std::int64_t right = left + group < end ? left + group : end;
+      if (left > begin) {
+        advance(block, piece, row, row.errors, row.stride, begin, left, left, right);
       }
-      catch_up(block, piece, row, 0, begin, first);
-#pragma unroll
-      for (int i = 0; i < kColumns; ++i) {
-        if (row.active && i < count) row.errors[(first + i) * row.stride] = row.columns[i];
+      if (row.active && block.of > 0) choose_group(block, row, mask, left);
+      for (std::int64_t first = left; first < right; first += kColumns<T>) {
+        const std::int64_t count = right - first < kColumns<T> ? right - first : kColumns<T>;
+        catch_up(block, piece, row, row.errors, row.stride, left, first, first, right);
+        load_piece(block, piece, first, count, first);
+        if (row.active) loss += walk_columns(row, piece, weight, mask, first, count);
       }
-    }
-    if (row.active && of > 0) {
-      for (std::int64_t g = begin; g < end; g += of) choose_group(block, row, mask, g);
-    }
-    for (std::int64_t first = begin; first < end; first += kColumns) {
-      const std::int64_t count = end - first < kColumns ? end - first : kColumns;
-#pragma unroll
-      for (int i = 0; i < kColumns; ++i) {
-        row.columns[i] = row.active && i < count ? row.errors[(first + i) * row.stride] : T(0);
-      }
-      catch_up(block, piece, row, begin, first, first);
-      load_piece(block, piece, first, count, first);
-      if (row.active) loss += walk_columns(row, piece, weight, mask, first, count);
     }
   }
   if (row.active) block.losses[b * block.m + index] += static_cast<double>(loss);
