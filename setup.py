@@ -105,7 +105,8 @@ def cuda_sources() -> list[str]:
 
 
 def cpu_sources() -> list[str]:
-    return ["csrc/bindings.cpp", *sorted(f"csrc/cpu/{p.name}" for p in ROOT.glob("csrc/cpu/*.cpp"))]
+    parts = (path for folder in ("bindings", "cpu") for path in ROOT.glob(f"csrc/{folder}/*.cpp"))
+    return ["csrc/bindings.cpp", *sorted(str(path.relative_to(ROOT)) for path in parts)]
 
 
 def plan_cuda(mode: str) -> tuple[str | None, str]:

@@ -7,8 +7,10 @@ from mosaic_kernels._backends import backends
 from mosaic_kernels.cholesky import cholesky_inverse
 from mosaic_kernels.hessian import hessian_finalize_, hessian_update_, tune_hessian
 from mosaic_kernels.prune import Trajectory, compensate, prune_columns
+from mosaic_kernels.sweep import Sweep, prune_weights
 
 __all__ = [
+    "Sweep",
     "Trajectory",
     "backends",
     "cholesky_inverse",
@@ -16,5 +18,6 @@ __all__ = [
     "hessian_finalize_",
     "hessian_update_",
     "prune_columns",
+    "prune_weights",
     "tune_hessian",
 ]

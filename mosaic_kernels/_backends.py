@@ -40,6 +40,13 @@ def _cuda_inverse() -> dict[str, str]:
     return _cuda("torch", note)
 
 
+def _cuda_walk() -> dict[str, str]:
+    if EXTENSION.has_cuda:
+        return _cuda("CUDA", "walks in CUDA, masks and products by torch")
+    note = "walks on torch, many small launches: reinstall with MOSAIC_BUILD=cuda and nvcc"
+    return _cuda("torch", note)
+
+
 def _triton() -> dict[str, str]:
     if torch.cuda.is_available() and find_spec("triton") is None:
         return {"implementation": "unavailable", "note": "triton is missing: pip install triton"}
@@ -71,5 +78,9 @@ def backends() -> dict[str, Any]:
                 "cuda": _cuda_panels(),
             },
             "compensate": {"cpu": _cpp("blocked Cholesky solve"), "cuda": _cuda("torch", "")},
+            "prune_weights": {
+                "cpu": _cpp("masks and walks in C++, products by torch"),
+                "cuda": _cuda_walk(),
+            },
         },
     }

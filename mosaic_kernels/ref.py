@@ -4,6 +4,8 @@ Nothing here is fast, blocked or clever; every faster path is held to these func
 """
 
 from collections.abc import Iterable
+from fractions import Fraction
+from math import floor
 
 import torch
 from torch import Tensor
@@ -97,3 +99,65 @@ def layer_error_ref(
     difference = weight.detach().cpu().double().clone()
     difference[:, kept.cpu()] -= compensated.detach().cpu().double()
     return float(torch.trace(difference @ damped_ref(h, damping) @ difference.T))
+
+
+def inverse_upper_factor_ref(h: Tensor, damping: float) -> Tensor:
+    """Return U, upper, with U^T U = (H + damping * mean(diag H) * I)^-1 of one matrix."""
+    return torch.linalg.cholesky(cholesky_inverse_ref(h, damping)).T
+
+
+def block_count_ref(sparsity: float, dead: Tensor, rows: int, begin: int, end: int) -> int:
+    """Return how many weights the columns [begin, end) lose: dead columns, then a share."""
+    n = dead.numel()
+    rest = max(round(sparsity * rows * n) - rows * int(dead.sum()), 0)
+    share = Fraction(rest, int((~dead).sum()))
+    before, after = int((~dead[:begin]).sum()), int((~dead[:end]).sum())
+    half = Fraction(1, 2)
+    lost = floor(share * after + half) - floor(share * before + half)
+    return lost + rows * int(dead[begin:end].sum())
+
+
+def prune_weights_ref(
+    weight: Tensor,
+    h: Tensor,
+    sparsity: float | None,
+    pattern: tuple[int, int] | None,
+    damping: float,
+    block_size: int,
+) -> tuple[Tensor, Tensor, float]:
+    """Prune single weights of one layer, column by column, each error pushed right at once.
+
+    e = W_ij / U_jj; W_ij <- 0; W_ik <- W_ik - e U_jk for k > j; the loss is the sum of e^2.
+
+    Returns:
+        (m, n) float64 weights, their mask (True where kept), and the loss.
+    """
+    w = weight.detach().cpu().double().clone()
+    rows, n = w.shape
+    dead = h.detach().cpu().diagonal() == 0
+    w[:, dead] = 0
+    u = inverse_upper_factor_ref(h, damping)
+    mask = torch.ones(rows, n, dtype=torch.bool)
+    loss = 0.0
+    for j in range(n):
+        if pattern is None and j % block_size == 0:
+            end = min(j + block_size, n)
+            scores = w[:, j:end] ** 2 / u.diagonal()[j:end] ** 2
+            scores[:, dead[j:end]] = -1
+            order = scores.flatten().sort(stable=True).indices
+            flat = torch.ones(order.numel(), dtype=torch.bool)
+            flat[order[: block_count_ref(sparsity or 0.0, dead, rows, j, end)]] = False
+            mask[:, j:end] = flat.view(rows, end - j)
+        elif pattern is not None and j % pattern[1] == 0:
+            keep, of = pattern
+            scores = w[:, j : j + of] ** 2 / u.diagonal()[j : j + of] ** 2
+            order = scores.sort(dim=1, stable=True).indices
+            for i in range(rows):
+                mask[i, j + order[i, : of - keep]] = False
+        for i in range(rows):
+            if not mask[i, j]:
+                error = float(w[i, j] / u[j, j])
+                w[i, j:] -= error * u[j, j:]
+                w[i, j] = 0
+                loss += error**2
+    return w, mask, loss
