@@ -13,6 +13,11 @@ from torch import Tensor
 
 from mosaic_kernels._extension import EXTENSION
 
+# The walk of a block takes 0.3 us a row and the choice of its mask as long: for fewer rows than
+# this another thread gains little, and on cores that other work keeps busy waiting for it costs
+# milliseconds.
+ROWS_PER_THREAD = 4096
+
 
 @dataclass
 class State:
@@ -127,6 +132,12 @@ def walk_torch(state: State, begin: int, end: int) -> None:
     state.losses += state.errors[:, begin:end].double().square().sum(1)
 
 
+def threads_for(state: State) -> int:
+    """Return how many threads a block is worth."""
+    rows = state.weight.shape[0] * state.weight.shape[1]
+    return min(torch.get_num_threads(), max(rows // ROWS_PER_THREAD, 1))
+
+
 def choose_cpp(state: State, begin: int, end: int, count: Tensor) -> None:
     """Choose the mask of a block with the compiled selection (OpenMP over layers)."""
     assert EXTENSION.module is not None
@@ -137,7 +148,7 @@ def choose_cpp(state: State, begin: int, end: int, count: Tensor) -> None:
         batch,
         [m, n, begin, end - begin],
         state.weight.element_size(),
-        torch.get_num_threads(),
+        threads_for(state),
     )
 
 
@@ -158,7 +169,7 @@ def walk_cpp(state: State, begin: int, end: int) -> None:
         state.keep,
         state.of,
         state.weight.element_size(),
-        torch.get_num_threads(),
+        threads_for(state),
     )
 
 

@@ -53,7 +53,7 @@ def prune_weights(
     it has no others.
 
     Weights keep their shape: this saves no dense time by itself. Works in the type of ``h``;
-    about n^3 / 3 + m n^2 / 2 multiply-adds, and 3 matrices H and 2 W of memory. The inputs are
+    about n^3 / 3 + m n^2 / 2 multiply-adds, and 3 matrices H and 3 W of memory. The inputs are
     not modified.
 
     Args:
@@ -72,8 +72,8 @@ def prune_weights(
 
     Raises:
         ValueError: an argument is not as described, not finite, or a layer's H is all zero.
-        RuntimeError: H has no Cholesky factor at any damping, or the compensated weights are
-            not finite in the type of ``weight``.
+        RuntimeError: H has no Cholesky factor at any damping, or the compensated weights or
+            their loss are beyond the range of the type of ``weight`` or ``h``.
 
     Source: SparseGPT (Frantar & Alistarh 2023, arXiv 2301.00774), as in OBS-Diff (arXiv
     2510.06751); method section 4.
@@ -99,7 +99,7 @@ def prune_weights(
     work = batch_weight.to(h.dtype).masked_fill(dead[:, None, :], 0)
     pruned, mask, losses = _sweep_op(work, factor, dead, counts.to(h.device), keep, of, block_size)
     result = pruned.to(weight.dtype)
-    _require_finite(name, result)
+    _require_finite(name, result, losses)
     if h.dim() == 2:
         result, mask = result[0], mask[0]
     return Sweep(result, mask, losses, used)
@@ -195,13 +195,14 @@ def _counts(sparsity: float, dead: Tensor, m: int, block_size: int) -> Tensor:
     return before.diff(dim=1).T.contiguous()
 
 
-def _require_finite(name: str, result: Tensor) -> None:
-    finite = _checks.all_finite(result if result.dim() == 3 else result.unsqueeze(0))
+def _require_finite(name: str, result: Tensor, losses: Tensor) -> None:
+    batch = result if result.dim() == 3 else result.unsqueeze(0)
+    finite = _checks.all_finite(batch) & torch.isfinite(losses)
     if not bool(finite.all()):
         dtype = str(result.dtype).removeprefix("torch.")
         raise RuntimeError(
-            f"{name}: the compensated weights must be finite, got NaN or infinity in batch "
-            f"{_checks.bad_entries(~finite)} in {dtype}. Use more damping, or a wider type."
+            f"{name}: the compensated weights and their loss must be finite, got NaN or infinity "
+            f"in batch {_checks.bad_entries(~finite)} in {dtype}. Use more damping, or wider types."
         )
 
 
@@ -239,7 +240,7 @@ def _sweep_with(
         of,
     )
     with full_precision():
-        _walk.sweep(state, counts, block_size, steps)
+        _walk.sweep(state, counts.contiguous(), block_size, steps)
     return state.weight, state.mask, state.losses.sum(1)
 
 

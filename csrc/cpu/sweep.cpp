@@ -4,9 +4,12 @@
 //
 // Rows are independent: a vector holds as many rows as fit in 64 bytes, and a tile of rows stays
 // in the L1 cache for the whole block. A few columns at a time take in all errors to their left
-// in registers (2 loads of an operand for 8 multiply-adds of a vector) and are then walked.
+// in registers (9 loads for 8 multiply-adds of a vector) and are then walked.
 //
-// MEASUREMENT
+// Floor: m * width^2 / 2 multiply-adds a block; at n = 4608, m = 1152 and 36 blocks of 128 that is
+// 0.34e9, 7 ms at the 50e9 a second that a product of floats reaches on one core (AVX-512).
+// Measured there: 13 ms, with groups of 2:4 16 ms, and 12 to 15 ms for the masks of 50%. The
+// products between the blocks take 240 ms.
 #include "sweep.h"
 
 #include <algorithm>

@@ -201,7 +201,8 @@ def test_zero_and_huge_weights(device, steps):
 
 
 @pytest.mark.parametrize("target", [0.5, (2, 4)])
-def test_same_bits_twice_and_on_two_threads(device, target, make_layer):
+def test_same_bits_twice_and_on_two_threads(device, target, make_layer, monkeypatch):
+    monkeypatch.setattr(_walk, "ROWS_PER_THREAD", 16)
     for batch in (1, 3):
         weight, h = (t.to(device) for t in make_layer(batch, 40, 256, torch.float32))
         first = mk.prune_weights(weight, h, **target_of(target))
@@ -262,6 +263,8 @@ def test_runtime_errors(device):
     weight = torch.tensor([[4e4, 6e4]], device=device, dtype=torch.float16)
     with pytest.raises(RuntimeError, match="finite, got NaN or infinity in .* entry 0 in float16"):
         mk.prune_weights(weight, h, pattern=(1, 2))
+    with pytest.raises(RuntimeError, match="their loss must be finite, .* entry 0 in float32"):
+        mk.prune_weights(torch.full((1, 2), 1e30, device=device), h, pattern=(1, 2))
 
 
 def test_errors(make_layer):
