@@ -69,6 +69,14 @@ def require_square(function: str, argument: str, matrix: Tensor) -> None:
         describe(matrix),
         "Pass the matrix H of one layer, or a batch of them.",
     )
+    require(
+        matrix.dim() == 2 or matrix.shape[0] > 0,
+        function,
+        argument,
+        "a batch of at least one matrix",
+        describe(matrix),
+        "Leave out layers that are not there.",
+    )
 
 
 def require_damping(function: str, damping: float) -> None:

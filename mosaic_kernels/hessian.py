@@ -57,7 +57,7 @@ def hessian_update_(
             contiguous. Starts as zeros. Only the lower triangle is updated meaningfully; the
             upper is undefined until ``hessian_finalize_``.
         x: (tokens, n) or (B, tokens, n) bfloat16, float16, float32 or float64; rows may be
-            strided; tokens may be 0.
+            strided.
         weight: of every token (a timestep's weight), finite and at least 0; or of every sample:
             (samples,) float32 or float64 on the CPU, where the tokens are ``samples`` runs of
             equal length, the same for all layers. A sample of weight 0 is not read.
@@ -84,8 +84,16 @@ def hessian_update_(
         _checks.describe(x),
         "Flatten the batch and sequence dimensions and pass the reader's input.",
     )
+    _checks.require(
+        x.shape[-2] > 0,
+        name,
+        "x",
+        "of at least one token",
+        _checks.describe(x),
+        "Nothing reaches this layer: look at the calibration inputs.",
+    )
     scalar, weights = _split_weight(name, weight, x.shape[-2])
-    if x.shape[-2] == 0 or scalar == 0 or (weights is not None and not weights.any()):
+    if scalar == 0 or (weights is not None and not weights.any()):
         return
     x = x.detach() if x.stride(-1) == 1 else x.detach().contiguous()
     _update_op(*_batched(2, h, x), scalar, weights, *_batched(1, sum_x), *_batched(2, residual))
@@ -185,14 +193,6 @@ def _check_accumulator(name: str, h: Tensor, sum_x: Tensor | None, residual: Ten
     dtypes = (torch.float32,) if h.is_cuda and name == "hessian_update_" else _checks.WIDE
     _checks.require_tensor(name, "h", h, dims=(2, 3), dtypes=dtypes)
     _checks.require_square(name, "h", h)
-    _checks.require(
-        h.shape[0] > 0,
-        name,
-        "h",
-        "a batch of at least one matrix",
-        _checks.describe(h),
-        "Leave out layers that are not there.",
-    )
     given = [tensor for tensor in (h, sum_x, residual) if tensor is not None]
     _checks.require(
         all(tensor.is_contiguous() for tensor in given),

@@ -173,6 +173,14 @@ def _check_layer(name: str, weight: Tensor, h: Tensor, dims: tuple[int, ...]) ->
         _checks.describe(weight),
         "H is that of the layer's input columns.",
     )
+    _checks.require(
+        weight.shape[-2] > 0,
+        name,
+        "weight",
+        "of at least one row",
+        _checks.describe(weight),
+        "There is nothing to prune.",
+    )
     batch = weight.unsqueeze(0) if weight.dim() == 2 else weight
     finite = _checks.all_finite(batch)
     _checks.require(
@@ -327,7 +335,7 @@ def _compensate_with(
     removed[kept] = False
     rest = torch.nonzero(removed).flatten()
     remaining = weight.index_select(1, kept)
-    if not kept.numel() or not rest.numel() or not weight.shape[0]:
+    if not kept.numel() or not rest.numel():
         return remaining
     square = _products.pack_square(h[None], kept[None])[0]
     square.diagonal().add_(damping * h.diagonal().mean())

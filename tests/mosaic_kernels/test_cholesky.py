@@ -110,6 +110,7 @@ def test_errors():
         ((bad,), "h must be finite, got NaN or infinity in batch entry 0"),
         ((eye.half(),), "cholesky_inverse: h must be float32 or float64"),
         ((eye[:, :2],), "cholesky_inverse: h must be square"),
+        ((eye[:0],), "cholesky_inverse: h must be a batch of at least one matrix"),
         ((eye[0, 0],), "cholesky_inverse: h must be a tensor of 2 or 3 dimensions"),
         ((eye, -0.1), "damping must be finite and at least 0, got -0.1"),
         ((eye, 1.0, 0.5), r"max_damping must be finite and at least damping \(1.0\), got 0.5"),

@@ -181,9 +181,7 @@ def test_transposed_input_is_accepted(device, check_error):
     check_error(h.tril(), (x.T @ x).tril(), hessian_ref([(x, 1.0)], 6)[0].tril())
 
 
-@pytest.mark.parametrize(
-    "tokens, weight", [(0, 1.0), (4, 0.0), (4, torch.zeros(2)), (0, torch.ones(2))]
-)
+@pytest.mark.parametrize("tokens, weight", [(1, 0.0), (4, 0.0), (4, torch.zeros(2))])
 def test_nothing_to_add_changes_nothing(device, tokens, weight):
     h, sum_x, residual = sums(3, device)
     x = torch.full((tokens, 3), float("nan"), device=device)
@@ -231,6 +229,7 @@ def test_update_errors():
     two = torch.zeros(2, 3, 3)
     for arguments, message in [
         ((h, torch.ones(4, 2)), r"hessian_update_: x must be \(tokens, 3\) to match h"),
+        ((h, torch.ones(0, 3)), "hessian_update_: x must be of at least one token"),
         ((two, torch.ones(3, 4, 3)), r"hessian_update_: x must be \(2, tokens, 3\) to match h"),
         ((h, torch.ones(2, 2, 3)), "hessian_update_: x must be a tensor of 2 dimensions"),
         ((two, x), "hessian_update_: x must be a tensor of 3 dimensions"),

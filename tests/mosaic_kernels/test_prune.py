@@ -236,6 +236,8 @@ def test_errors(make_layer):
         (lambda: mk.prune_columns(weight[0], h), "weight must be a tensor of 3 dimensions"),
         (lambda: mk.prune_columns(weight[:1], h), r"weight must be \(2, 'm', 4\) to match h"),
         (lambda: mk.prune_columns(weight[:, :, :3], h), r"weight must be \(2, 'm', 4\)"),
+        (lambda: mk.prune_columns(weight[:0], h[:0]), "h must be a batch of at least one matrix"),
+        (lambda: mk.prune_columns(weight[:, :0], h), "weight must be of at least one row"),
         (lambda: mk.prune_columns(weight, h.half()), "h must be float32 or float64"),
         (lambda: mk.prune_columns(weight.int(), h), "weight must be bfloat16, float16"),
         (lambda: mk.prune_columns(weight, h, group_size=3), "group_size must be a divisor of"),
