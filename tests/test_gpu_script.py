@@ -29,11 +29,11 @@ def test_dry_run_prints_every_part(tmp_path):
     for expected in (
         "MOSAIC_BUILD=cuda TORCH_CUDA_ARCH_LIST=9.0a",
         "--tool racecheck",
-        *(f"benchmarks.bench_{name} --device cuda" for name in ("hessian", "cholesky", "prune")),
+        *(f"benchmarks.bench_{name} --device cuda" for name in ("hessian", "cholesky", "sweep", "prune")),
     ):
         assert expected in done.stdout
     summary = done.stdout.split("== summary\n")[1].splitlines()
-    names = ["build", "test", "kernels", "sanitize", "hessian", "cholesky", "prune"]
+    names = ["build", "test", "kernels", "sanitize", "hessian", "cholesky", "sweep", "prune"]
     assert [line.split(":")[0] for line in summary] == names
     assert not out.exists()
 
@@ -43,6 +43,7 @@ def test_parts_are_chosen_by_name():
     assert [line for line in done.stdout.splitlines() if line.startswith("== ")] == [
         "== hessian",
         "== cholesky",
+        "== sweep",
         "== prune",
         "== summary",
     ]
