@@ -12,6 +12,11 @@
 
 #include "product_kernel.h"
 
+// The widest vectors to use, in bits; the tests build the narrower paths with it.
+#ifndef MOSAIC_VECTOR_BITS
+#define MOSAIC_VECTOR_BITS 512
+#endif
+
 namespace mosaic {
 namespace {
 
@@ -84,18 +89,26 @@ constexpr std::int64_t tile_columns(std::int64_t bytes) {
   return 2 * bytes / static_cast<std::int64_t>(sizeof(T));
 }
 
+#if MOSAIC_X86_KERNELS
+int vector_bits() {
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))
+    return std::min(512, MOSAIC_VECTOR_BITS);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    return std::min(256, MOSAIC_VECTOR_BITS);
+  return 128;
+}
+#endif
+
 template <class T>
 Engine<T> choose_engine();
 
 template <>
 Engine<float> choose_engine<float>() {
 #if MOSAIC_X86_KERNELS
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))
-    return {12, tile_columns<float>(64), pack_avx512_f32, block_avx512_f32};
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    return {6, tile_columns<float>(32), pack_avx2_f32, block_avx2_f32};
+  if (vector_bits() == 512) return {12, tile_columns<float>(64), pack_avx512_f32, block_avx512_f32};
+  if (vector_bits() == 256) return {6, tile_columns<float>(32), pack_avx2_f32, block_avx2_f32};
 #endif
   return {4, tile_columns<float>(16), pack_generic<float>, block_generic<float>};
 }
@@ -103,12 +116,9 @@ Engine<float> choose_engine<float>() {
 template <>
 Engine<double> choose_engine<double>() {
 #if MOSAIC_X86_KERNELS
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq"))
+  if (vector_bits() == 512)
     return {12, tile_columns<double>(64), pack_avx512_f64, block_avx512_f64};
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    return {6, tile_columns<double>(32), pack_avx2_f64, block_avx2_f64};
+  if (vector_bits() == 256) return {6, tile_columns<double>(32), pack_avx2_f64, block_avx2_f64};
 #endif
   return {4, tile_columns<double>(16), pack_generic<double>, block_generic<double>};
 }

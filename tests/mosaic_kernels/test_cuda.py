@@ -108,4 +108,4 @@ def test_compiles_without_warnings_and_spills(kernel, architecture, tmp_path):
 
 
 def test_every_kernel_runs_on_the_host():
-    assert {f"{kernel}_host" for kernel in KERNELS} == set(PROGRAMS)
+    assert {f"{kernel}_host" for kernel in KERNELS} <= set(PROGRAMS)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from host_builds import host_program, needs_compiler, run
 
 from mosaic_kernels import _products, prune
 from mosaic_kernels._extension import EXTENSION
@@ -103,6 +104,14 @@ def test_solve_without_a_factor():
     a = torch.eye(200)
     a[150, 150] = -1.0
     assert not prune.solve_cpp(a, torch.ones(2, 200))[1]
+
+
+@pytest.mark.kernels
+@needs_compiler
+@pytest.mark.parametrize("bits", [128, 256, 512])
+def test_every_vector_width(bits, tmp_path):
+    program = host_program("product_host", tmp_path, "-O2", f"-DMOSAIC_VECTOR_BITS={bits}")
+    run(program)
 
 
 @needs_extension
