@@ -118,10 +118,10 @@ def _check_layer(name: str, weight: Tensor, h: Tensor) -> None:
         "H is that of the layer's input columns.",
     )
     _checks.require(
-        weight.numel() > 0,
+        weight.shape[-2] > 0,
         name,
         "weight",
-        "of at least one layer and one row",
+        "of at least one row",
         _checks.describe(weight),
         "There is nothing to prune.",
     )
