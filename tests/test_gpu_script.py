@@ -29,7 +29,10 @@ def test_dry_run_prints_every_part(tmp_path):
     for expected in (
         "MOSAIC_BUILD=cuda TORCH_CUDA_ARCH_LIST=9.0a",
         "--tool racecheck",
-        *(f"benchmarks.bench_{name} --device cuda" for name in ("hessian", "cholesky", "sweep", "prune")),
+        *(
+            f"benchmarks.bench_{name} --device cuda"
+            for name in ("hessian", "cholesky", "sweep", "prune")
+        ),
     ):
         assert expected in done.stdout
     summary = done.stdout.split("== summary\n")[1].splitlines()
