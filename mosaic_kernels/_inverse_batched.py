@@ -52,27 +52,10 @@ def leaf_cuda(block: Tensor, failed: Tensor) -> None:
     )
 
 
-def leaf_cpp(block: Tensor, failed: Tensor) -> None:
-    """Invert the factors of a batch of blocks with the compiled function of the CPU."""
-    assert EXTENSION.module is not None
-    EXTENSION.module.invert_factor(
-        block.data_ptr(),
-        block.shape[0],
-        block.shape[1],
-        block.stride(0),
-        block.stride(1),
-        failed.data_ptr(),
-        block.element_size(),
-        torch.get_num_threads(),
-    )
-
-
 def leaf_for(h: Tensor) -> tuple[Leaf, int]:
     """Return the leaf for a batch, and the widest block it takes."""
     if h.is_cuda and EXTENSION.module is not None and EXTENSION.has_cuda:
         return leaf_cuda, EXTENSION.module.factor_width_cuda(h.element_size(), h.device.index)
-    if h.device.type == "cpu" and EXTENSION.module is not None:
-        return leaf_cpp, LEAF
     return leaf_torch, LEAF
 
 
@@ -106,6 +89,27 @@ def inverse_factor_(a: Tensor, failed: Tensor, leaf: Leaf, width: int) -> None:
         rows = below[:, begin:end]
         rows.baddbmm_(bottom[:, begin:end, :end], product[:, :end], beta=0, alpha=-1)
     a[:, :half, half:] = 0
+
+
+def inverse_factors(damped: Tensor, failed: Tensor) -> Tensor:
+    """Return L^-1, lower, of (B, n, n) matrices A = L L^T, which it overwrites.
+
+    See ``_damping.Attempt``. On the CPU one compiled call.
+    """
+    if damped.device.type != "cpu" or EXTENSION.module is None:
+        inverse_factor_(damped, failed, *leaf_for(damped))
+        return damped
+    out = torch.zeros_like(damped)
+    EXTENSION.module.invert_factors(
+        damped.data_ptr(),
+        out.data_ptr(),
+        damped.shape[0],
+        damped.shape[1],
+        failed.data_ptr(),
+        damped.element_size(),
+        torch.get_num_threads(),
+    )
+    return out
 
 
 def gram_(lower: Tensor, out: Tensor) -> None:

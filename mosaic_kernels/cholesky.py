@@ -21,7 +21,8 @@ def cholesky_inverse(
 
     A = (H + d * mean(diag H) * I)^-1. Where the Cholesky factor does not exist, d is raised
     tenfold for that matrix alone (from 1e-8 if it was 0), up to ``max_damping``; the others keep
-    theirs. Works in the type of ``h``; about 0.6 n^3 multiply-adds and 2 matrices of memory.
+    theirs. Works in the type of ``h``; on the CPU n^3 / 2 multiply-adds in the memory
+    of the result, on CUDA 0.65 n^3 and one matrix more.
 
     Args:
         h: (B, n, n) or (n, n) float32 or float64, symmetric.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mosaic_kernels import _checks, _damping, _walk
-from mosaic_kernels._inverse_batched import inverse_factor_, leaf_for
+from mosaic_kernels._inverse_batched import inverse_factors
 from mosaic_kernels._precision import full_precision
 
 
@@ -209,12 +209,10 @@ def _require_finite(name: str, result: Tensor, losses: Tensor) -> None:
 def _factor_with(h: Tensor, damping: float, limit: float) -> tuple[Tensor, Tensor]:
     # With J the exchange of first and last: J H J = L L^T, and U = J L^-1 J is upper with
     # U^T U = H^-1, which is never formed.
-    def invert(damped: Tensor, failed: Tensor) -> Tensor:
-        inverse_factor_(damped, failed, *leaf_for(damped))
-        return damped
-
     with full_precision():
-        lower, used = _damping.climb("prune_weights", h.flip(-2, -1), damping, limit, invert)
+        lower, used = _damping.climb(
+            "prune_weights", h.flip(-2, -1), damping, limit, inverse_factors
+        )
     return lower.flip(-2, -1), used
 
 

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cpu/cholesky.h"
+#include "cpu/factor.h"
 #include "cpu/hessian.h"
 #include "cpu/product.h"
 #include "cpu/prune.h"
@@ -41,12 +42,13 @@ void mirror_lower(Address h, std::int64_t n, double divisor, int threads, Addres
 }
 
 template <class T>
-void invert_factor(Address blocks, std::int64_t batch, std::int64_t width,
-                   std::int64_t batch_stride, std::int64_t ld, Address failed, int threads) {
-  T* first = pointer<T>(blocks, "invert_factor", "blocks");
-  auto* flags = pointer<std::uint8_t>(failed, "invert_factor", "failed");
+void invert_factors(Address matrices, Address out, std::int64_t batch, std::int64_t n,
+                    Address failed, int threads) {
+  T* first = pointer<T>(matrices, "invert_factors", "matrices");
+  T* result = pointer<T>(out, "invert_factors", "out");
+  auto* flags = pointer<std::uint8_t>(failed, "invert_factors", "failed");
   py::gil_scoped_release release;
-  mosaic::invert_factor(first, batch, width, batch_stride, ld, flags, threads);
+  mosaic::invert_factors(first, result, batch, n, flags, threads);
 }
 
 template <class T>
@@ -148,17 +150,16 @@ void bind_matrices(py::module_& module) {
       py::arg("threads"), py::arg("residual") = 0);
 
   module.def(
-      "invert_factor",
-      [](Address blocks, std::int64_t batch, std::int64_t width, std::int64_t batch_stride,
-         std::int64_t ld, Address failed, int element_bytes, int threads) {
-        check_common("invert_factor", element_bytes, width, threads);
-        require(batch >= 1, "invert_factor", "batch", "at least 1", batch);
-        require(ld >= width, "invert_factor", "ld", "at least width", ld);
-        (element_bytes == 4 ? invert_factor<float> : invert_factor<double>)(
-            blocks, batch, width, batch_stride, ld, failed, threads);
+      "invert_factors",
+      [](Address matrices, Address out, std::int64_t batch, std::int64_t n, Address failed,
+         int element_bytes, int threads) {
+        check_common("invert_factors", element_bytes, n, threads);
+        require(batch >= 1, "invert_factors", "batch", "at least 1", batch);
+        (element_bytes == 4 ? invert_factors<float> : invert_factors<double>)(
+            matrices, out, batch, n, failed, threads);
       },
-      py::arg("blocks"), py::arg("batch"), py::arg("width"), py::arg("batch_stride"),
-      py::arg("ld"), py::arg("failed"), py::arg("element_bytes"), py::arg("threads"));
+      py::arg("matrices"), py::arg("out"), py::arg("batch"), py::arg("n"), py::arg("failed"),
+      py::arg("element_bytes"), py::arg("threads"));
 
   module.def(
       "invert_matrices",

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/cholesky.h"
+#include "cpu/factor.h"
 #include "cpu/product.h"
 #include "cpu/solve.h"
 
@@ -77,6 +78,29 @@ std::vector<T> definite(std::int64_t n) {
   return a;
 }
 
+// L^-1 A L^-T is the identity.
+template <class T>
+bool check_factor(std::int64_t n) {
+  const auto a = definite<T>(n);
+  auto used = a;
+  std::vector<T> factor(n * n, T(0));
+  std::uint8_t failed = 0;
+  mosaic::invert_factors(used.data(), factor.data(), 1, n, &failed, 1);
+  if (failed) return false;
+  std::vector<double> half(n * n, 0.0);
+  for (std::int64_t i = 0; i < n; ++i)
+    for (std::int64_t k = 0; k <= i; ++k)
+      for (std::int64_t j = 0; j < n; ++j) half[i * n + j] += double(factor[i * n + k]) * a[k * n + j];
+  for (std::int64_t i = 0; i < n; ++i) {
+    for (std::int64_t j = 0; j < n; ++j) {
+      double sum = 0;
+      for (std::int64_t k = 0; k <= j; ++k) sum += half[i * n + k] * double(factor[j * n + k]);
+      if (!near(sum, i == j, sizeof(T) == 4 ? 1e-3 : 1e-9)) return false;
+    }
+  }
+  return true;
+}
+
 // A A^-1 is the identity, and X A is B.
 template <class T>
 bool check_inverse_and_solve(std::int64_t n, std::int64_t rows) {
@@ -120,6 +144,7 @@ int main() {
   for (const std::int64_t n : {1, 40, 129, 260}) {
     good = good && check_inverse_and_solve<float>(n, 3);
     good = good && check_inverse_and_solve<double>(n, 17);
+    good = good && check_factor<float>(n) && check_factor<double>(n);
   }
   if (!good) std::printf("a product, an inverse or a solve differs\n");
   return good ? 0 : 1;

@@ -3,11 +3,8 @@ import torch
 
 import mosaic_kernels as mk
 from mosaic_kernels import _inverse_batched, cholesky
-from mosaic_kernels._extension import EXTENSION
 from mosaic_kernels.ref import cholesky_inverse_ref, damped_ref
 
-LEAVES = [_inverse_batched.leaf_torch]
-LEAVES += [_inverse_batched.leaf_cpp] if EXTENSION.module is not None else []
 ATTEMPTS = sorted({_inverse_batched.invert_by_factors, cholesky.INVERT_CPU}, key=str)
 
 
@@ -36,15 +33,39 @@ def test_single_matrix(device, make_layer):
     assert torch.equal(inverse, mk.cholesky_inverse(h)[0][0])
 
 
-@pytest.mark.parametrize("leaf", LEAVES)
-def test_leaves_agree_and_a_failure_stays_its_own(leaf):
+def factors_by_torch(a, failed):
+    leaf = _inverse_batched.leaf_torch
+    _inverse_batched.inverse_factor_(a, failed, leaf, _inverse_batched.LEAF)
+    return a
+
+
+@pytest.mark.parametrize("factors", [factors_by_torch, _inverse_batched.inverse_factors])
+@pytest.mark.parametrize("n", [1, 127, 128, 300, 700])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_inverse_factors(factors, n, dtype, make_layer, check_error):
+    a = make_layer(2, 1, n, torch.float64)[1] + 0.1 * torch.eye(n, dtype=torch.float64)
+    truth = torch.linalg.inv(torch.linalg.cholesky(a))
+    a = a.to(dtype)
+    failed = torch.zeros(2, dtype=torch.bool)
+    found = factors(a.tril() + 7 * torch.ones_like(a).triu(1), failed)
+    assert not failed.any() and not found.triu(1).any()
+    if dtype == torch.float64:  # which is all the truth there is
+        torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-9)
+    else:
+        eye = torch.eye(n).expand_as(a)
+        by_torch = torch.linalg.solve_triangular(torch.linalg.cholesky(a), eye, upper=False)
+        check_error(found, by_torch, truth)
+
+
+@pytest.mark.parametrize("factors", [factors_by_torch, _inverse_batched.inverse_factors])
+def test_a_failed_factor_stays_its_own(factors):
     a = torch.eye(140).repeat(3, 1, 1) * 4
     a[1, 30, 30] = -1
     failed = torch.zeros(3, dtype=torch.bool)
-    _inverse_batched.inverse_factor_(a, failed, leaf, 128)
+    found = factors(a, failed)
     assert failed.tolist() == [False, True, False]
-    assert torch.equal(a[0], torch.eye(140) / 2) and torch.equal(a[2], torch.eye(140) / 2)
-    assert torch.isfinite(a).all()
+    assert torch.equal(found[0], torch.eye(140) / 2) and torch.equal(found[2], found[0])
+    assert torch.isfinite(found).all()
 
 
 @pytest.mark.parametrize("attempt", ATTEMPTS)
