@@ -14,11 +14,17 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
 def provenance() -> dict[str, str]:
     """Return where and with what a measurement was made."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+    commit = _git("describe", "--always")
+    # The rows themselves change while they are measured: they do not make a commit dirty.
+    if commit and _git("status", "--porcelain", "--", ".", ":!benchmarks/results"):
+        commit += "-dirty"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
         "device": device,
