@@ -166,27 +166,31 @@ def draw_quality(path: Path) -> None:
 
 
 def kernel_table() -> str:
-    """Every measured kernel beside its baselines: time, share of the floor, error."""
+    """Every measured kernel, and its baselines by how many times as long they took."""
     lines = [
-        "| device | operation | case | provider | time | of the floor | times ours | error |",
-        "|---|---|---|---|---|---|---|---|",
+        "| device | operation | case | ours | of the floor | error | beside it: times ours, error |",
+        "|---|---|---|---|---|---|---|",
     ]
     for path in sorted(RESULTS.glob("*.csv")):
-        for r in read_rows(path):
-            if "operator" not in r:
-                break
-            threads = f", {r['threads']} threads" if r["device"] == "cpu" else ""
+        rows = [r for r in read_rows(path) if "operator" in r]
+        key = ("device", "threads", "operator", "case", "dtype")
+        for group in dict.fromkeys(tuple(r[name] for name in key) for r in rows):
+            ours, *others = (r for r in rows if tuple(r[name] for name in key) == group)
+            threads = f", threads: {ours['threads']}" if ours["device"] == "cpu" else ""
+            beside = "; ".join(
+                f"{r['provider']} {float(r['ratio_to_first']):.2f}x{_error(r, ' ')}" for r in others
+            )
             lines.append(
-                f"| {path.stem}{threads} | `{r['operator']}` | {r['case']}, {r['dtype']} "
-                f"| {r['provider']} | {float(r['milliseconds']):.4g} ms "
-                f"| {float(r['floor_fraction']):.0%} | {float(r['ratio_to_first']):.2f} "
-                f"| {_error(float(r['error']))} |"
+                f"| {path.stem}{threads} | `{ours['operator']}` | {ours['case']}, {ours['dtype']} "
+                f"| {float(ours['milliseconds']):.4g} ms | {float(ours['floor_fraction']):.0%} "
+                f"| {_error(ours)} | {beside} |"
             )
     return "\n".join(lines)
 
 
-def _error(value: float) -> str:
-    return f"{value:.1e}" if value == value else ""
+def _error(row: dict[str, str], before: str = "") -> str:
+    value = float(row["error"])
+    return f"{before}{value:.1e}" if value == value else ""
 
 
 def error_table() -> str:
