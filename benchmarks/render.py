@@ -168,7 +168,7 @@ def draw_quality(path: Path) -> None:
 def kernel_table() -> str:
     """Every measured kernel, and its baselines by how many times as long they took."""
     lines = [
-        "| device | operation | case | ours | of the floor | error | beside it: times ours, error |",
+        "| device | operation | case | ours | of the floor | error | others: times ours, error |",
         "|---|---|---|---|---|---|---|",
     ]
     for path in sorted(RESULTS.glob("*.csv")):
