@@ -129,7 +129,8 @@ def walk_torch(state: State, begin: int, end: int) -> None:
         state.errors[:, j] = error
         state.weight[:, :, j:end] -= error[:, :, None] * row[:, None, :]
         state.weight[:, :, j].masked_fill_(~kept, 0)  # exactly, not to a rounding
-    state.losses += state.errors[:, begin:end].double().square().sum(1)
+    # In the type of H within a block, as the compiled walks sum.
+    state.losses += state.errors[:, begin:end].square().sum(1)
 
 
 def threads_for(state: State) -> int:
