@@ -9,13 +9,11 @@ in float64, in the Frobenius norm. The floor: n^3 operations a matrix over the m
 matrix product. Rows go to `benchmarks/results/<device>.csv`.
 """
 
-import argparse
-
 import torch
 
 from benchmarks.baselines import damped, inverse_by_torch
 from benchmarks.layers import correlated_layer
-from benchmarks.timing import product_rate, record, time_in_turn
+from benchmarks.timing import parser, product_rate, record, start, time_in_turn
 from mosaic_kernels import cholesky_inverse
 
 CASES = {"cpu": ((1, 4608), (4, 1152)), "cuda": ((28, 4608), (28, 1152), (84, 1152))}
@@ -40,16 +38,9 @@ def bench(batch: int, n: int, device: torch.device, repeats: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, help="of torch; the default is all cores")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
+    options = parser(__doc__ or "", repeats=5)
+    args = options.parse_args()
+    device = start(options, args)
     for batch, n in CASES[device.type]:
         bench(batch, n, device, args.repeats)
 

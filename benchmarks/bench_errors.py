@@ -10,6 +10,7 @@ D = W - W'. Rows go to `benchmarks/results/errors.csv`.
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -18,7 +19,6 @@ from benchmarks.layers import Layer, conditioned_layer, embedded_layers, layer_e
 from benchmarks.rows import RESULTS, provenance, upsert_row
 from mosaic_kernels import compensate, prune_columns
 
-FILE = RESULTS / "errors.csv"
 KEY = ("layers", "sparsity")
 SPARSITIES = (0.1, 0.3, 0.5, 0.7)
 
@@ -58,7 +58,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--layers", type=int, help="of each kind; the default is all, and 8")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
     args = parser.parse_args()
+    if args.layers is not None and args.layers < 1:
+        parser.error(f"--layers must be at least 1, got {args.layers}.")
     kinds = {
         "embedded": embedded_layers()[: args.layers],
         "condition 1e8": synthetic_layers(args.layers or 8),
@@ -74,7 +77,7 @@ def main() -> None:
                 "ratio_min": least,
                 "ratio_max": largest,
             }
-            upsert_row(FILE, KEY, row | provenance())
+            upsert_row(args.results / "errors.csv", KEY, row | provenance())
             print(f"{name:16} {sparsity:.0%}: {mean:.4f} ({least:.4f}..{largest:.4f})")
 
 

@@ -12,7 +12,6 @@ read of X. Inputs take turns, so that no cache holds them. Rows go to
 `benchmarks/results/<device>.csv`.
 """
 
-import argparse
 from collections.abc import Callable
 from itertools import cycle
 
@@ -20,11 +19,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.baselines import hessian_mm_, hessian_upcast_
-from benchmarks.timing import copy_bandwidth, product_rate, record, time_in_turn
+from benchmarks.timing import copy_bandwidth, parser, product_rate, record, start, time_in_turn
 from mosaic_kernels import hessian_update_
 
 WEIGHT = 0.75
 TOKENS = {"cpu": 4096, "cuda": 32768}
+DTYPES = ("bfloat16", "float16", "float32")
 INPUTS = 3  # of 300 MB each at 4608 columns, 32,768 tokens: more than an L2 cache
 
 
@@ -84,19 +84,12 @@ def bench(tokens: int, n: int, dtype: torch.dtype, device: torch.device, repeats
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--columns", type=int, nargs="+", default=[1152, 4608])
-    parser.add_argument("--tokens", type=int)
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--threads", type=int, help="of torch; the default is all cores")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
+    options = parser(__doc__ or "", repeats=7)
+    options.add_argument("--columns", type=int, nargs="+", default=[1152, 4608], help="widths")
+    options.add_argument("--tokens", type=int, help="of an update (4096; 32768 on cuda)")
+    options.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"], choices=DTYPES)
+    args = options.parse_args()
+    device = start(options, args)
     tokens = args.tokens or TOKENS[device.type]
     for n in args.columns:
         for dtype in args.dtypes:

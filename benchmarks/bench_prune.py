@@ -11,7 +11,7 @@ the updates of A and G and the solve, over the measured rate of a matrix product
 `benchmarks/results/<device>.csv`.
 """
 
-import argparse
+import ctypes
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.baselines import one_shot_mask, reinversion
 from benchmarks.layers import correlated_layer, layer_error
-from benchmarks.timing import product_rate, record, synchronize, time_in_turn
+from benchmarks.timing import parser, product_rate, record, start, synchronize, time_in_turn
 from mosaic_kernels import compensate, prune_columns
 
 #: DiT-XL/2: 28 blocks, FFN readers of 4608 columns, attention readers of 16 heads of 72.
@@ -53,6 +53,8 @@ def peak_floats(run: Callable[[], object], device: torch.device) -> float:
     reset = Path("/proc/self/clear_refs")
     if not reset.exists():
         return float("nan")
+    # What freed arrays have left resident would hide as much of what is allocated now.
+    ctypes.CDLL(None).malloc_trim(0)
     reset.write_text("5")  # the peak starts again from what is resident now
     before = _status("VmRSS")
     run()
@@ -124,19 +126,14 @@ def bench_model(device: torch.device, sparsity: float, repeats: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--columns", type=int, default=NEURONS)
-    parser.add_argument("--rows", type=int, default=ROWS)
-    parser.add_argument("--sparsity", type=float, default=0.3)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, help="of torch; the default is all cores")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
+    options = parser(__doc__ or "", repeats=5)
+    options.add_argument("--columns", type=int, default=NEURONS, help="of the layer (4608)")
+    options.add_argument("--rows", type=int, default=ROWS, help="of the layer (1152)")
+    options.add_argument("--sparsity", type=float, default=0.3, help="below 1 (0.3)")
+    args = options.parse_args()
+    device = start(options, args)
+    if not 0 <= args.sparsity < 1:
+        options.error(f"--sparsity must be at least 0 and below 1, got {args.sparsity}.")
     bench_layer(args.rows, args.columns, args.sparsity, device, args.repeats)
     if device.type == "cuda":
         bench_model(device, 0.33, 1)  # the baseline alone takes a minute or more

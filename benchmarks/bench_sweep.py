@@ -9,13 +9,11 @@ the inverse factor, of the walk and of the products between blocks, over the mea
 matrix product. Rows go to `benchmarks/results/<device>.csv`.
 """
 
-import argparse
-
 import torch
 
 from benchmarks.baselines_sweep import sparsegpt_torch
 from benchmarks.layers import correlated_layer, layer_error
-from benchmarks.timing import product_rate, record, time_in_turn
+from benchmarks.timing import parser, product_rate, record, start, time_in_turn
 from mosaic_kernels import prune_weights
 
 TARGETS = {"50%": {"sparsity": 0.5}, "2:4": {"pattern": (2, 4)}}
@@ -45,19 +43,12 @@ def bench(m: int, n: int, batch: int, target: str, device: torch.device, repeats
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--columns", type=int, default=4608)
-    parser.add_argument("--rows", type=int, default=1152)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, help="of torch; the default is all cores")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = torch.device(args.device)
+    options = parser(__doc__ or "", repeats=3)
+    options.add_argument("--columns", type=int, default=4608, help="of a layer (4608)")
+    options.add_argument("--rows", type=int, default=1152, help="of a layer (1152)")
+    options.add_argument("--batch", type=int, default=1, help="layers (1)")
+    args = options.parse_args()
+    device = start(options, args)
     for target in TARGETS:
         bench(args.rows, args.columns, args.batch, target, device, args.repeats)
 

@@ -33,6 +33,10 @@ for argument in "$@"; do
     --dry-run) dry_run=true ;;
     bench) parts+=(hessian cholesky sweep prune) ;;
     build | test | kernels | sanitize | hessian | cholesky | sweep | prune) parts+=("$argument") ;;
+    -h | --help)
+      sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
+      exit 0
+      ;;
     *) die "a part must be one of ${ALL_PARTS[*]} bench, got '$argument'." ;;
   esac
 done
@@ -43,7 +47,7 @@ capability() {
 }
 
 if ! $dry_run; then
-  "$PYTHON" -c 'import torch' || die "torch must be importable by $PYTHON; set PYTHON."
+  "$PYTHON" -c 'import torch' || die "torch must be importable by $PYTHON. Run make gpu PYTHON=... with a Python that has a CUDA torch."
   "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
     die "a CUDA device must be visible to torch, got none. Use 'make test' on this machine."
   command -v nvcc >/dev/null || PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
@@ -110,7 +114,8 @@ for part in "${parts[@]}"; do
   echo "== $part"
   begin=$SECONDS
   if "part_$part" 2>&1 | tee -a "$work/gpu.log"; then
-    summary+=("$part: passed, $((SECONDS - begin)) s")
+    $dry_run && word=printed || word=passed
+    summary+=("$part: $word, $((SECONDS - begin)) s")
   else
     summary+=("$part: FAILED, $((SECONDS - begin)) s")
     status=1

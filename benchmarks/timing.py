@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
 import re
 import time
@@ -15,7 +16,40 @@ import torch
 from benchmarks.rows import RESULTS, provenance, upsert_row
 from mosaic_kernels import _products
 
+#: Where rows go; ``start`` sets it.
+_results = RESULTS
 KEY = ("operator", "case", "dtype", "provider", "device", "threads")
+
+
+def parser(description: str, repeats: int) -> argparse.ArgumentParser:
+    """Return a parser with the options that all benchmarks of kernels share."""
+    result = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    result.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
+    result.add_argument("--repeats", type=int, default=repeats, help=f"rounds ({repeats})")
+    result.add_argument("--threads", type=int, help="of torch (all cores)")
+    result.add_argument(
+        "--results", type=Path, default=RESULTS, help="folder of the rows (benchmarks/results)"
+    )
+    return result
+
+
+def start(options: argparse.ArgumentParser, args: argparse.Namespace) -> torch.device:
+    """Check the shared options, apply them, and return the device."""
+    global _results
+    if args.device not in ("cpu", "cuda"):
+        options.error(f"--device must be cpu or cuda, got {args.device}.")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        options.error("--device cuda needs a CUDA device, and torch sees none. Use --device cpu.")
+    for name in ("repeats", "threads"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            options.error(f"--{name} must be at least 1, got {value}.")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    _results = args.results
+    return torch.device(args.device)
 
 
 @dataclass(frozen=True)
@@ -104,7 +138,7 @@ def copy_bandwidth(device: torch.device) -> float:
 def device_file(device: torch.device) -> Path:
     """Return the results file of this device: ``results/nvidia-h200.csv``."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {_processor()}"
-    return RESULTS / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".csv")
+    return _results / (re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") + ".csv")
 
 
 def _processor() -> str:

@@ -38,6 +38,14 @@ def require_tensor(
 ) -> None:
     """Check the number of dimensions, the dtype and, against ``like``, the device."""
     require(
+        isinstance(tensor, Tensor),
+        function,
+        argument,
+        "a torch tensor",
+        type(tensor).__name__,
+        "Convert it with torch.as_tensor().",
+    )
+    require(
         tensor.dim() in dims,
         function,
         argument,

@@ -77,8 +77,8 @@ def require_usable(name: str, h: Tensor, first: int = 0) -> None:
     if not bool((mean > 0).all()):
         raise ValueError(
             f"{name}: h must be of positive mean diagonal, got {mean[mean <= 0].tolist()} in batch "
-            f"{_checks.bad_entries(mean <= 0, first)}. No channel of that layer ever fired: check "
-            "that the calibration inputs reach it."
+            f"{_checks.bad_entries(mean <= 0, first)}. No channel of that layer ever fired, or "
+            "H is not a sum of x x^T: check the calibration inputs."
         )
 
 

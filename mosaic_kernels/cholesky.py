@@ -38,7 +38,7 @@ def cholesky_inverse(
         RuntimeError: no damping up to ``max_damping`` made the matrix positive definite.
 
     Source: Optimal Brain Surgeon (Hassibi & Stork 1993); damping as in SparseGPT (arXiv
-    2301.00774), its rescue as in method section 4.
+    2301.00774), its ladder is ours.
     """
     name = "cholesky_inverse"
     _checks.require_tensor(name, "h", h, dims=(2, 3), dtypes=_checks.WIDE)

@@ -8,6 +8,7 @@ what rounding has taken from the sums so far, so that millions of tokens add up 
 from collections.abc import Iterator
 from importlib import import_module
 from math import isfinite
+from numbers import Real
 from typing import Any
 
 import torch
@@ -49,8 +50,8 @@ def hessian_update_(
 
     Cost: tokens * n * (n + 1) operations. On CUDA a Triton product on tensor cores (float32 as
     three TF32 products, never one) and a merge into H, with a workspace of at most 650 MB (n =
-    4608, 32768 tokens: 190 MB). On the CPU a
-    compiled product that reads narrow inputs as they are, and n^2 values more with ``residual``.
+    4608, 32768 tokens: 190 MB). On the CPU a compiled product that reads narrow inputs as they
+    are, and n^2 values more with ``residual``.
 
     Args:
         h: (n, n), or (B, n, n) for several layers of one width; float32, or float64 on the CPU;
@@ -60,7 +61,9 @@ def hessian_update_(
             strided.
         weight: of every token (a timestep's weight), finite and at least 0; or of every sample:
             (samples,) float32 or float64 on the CPU, where the tokens are ``samples`` runs of
-            equal length, the same for all layers. A sample of weight 0 is not read.
+            equal length, the same for all layers. A sample of weight 0 is not read. The total
+            weight that ``hessian_finalize_`` wants grows by the weights of all tokens: weight *
+            tokens, or the sum of the samples' weights times tokens / samples.
         sum_x: (n,) or (B, n) in the type of ``h``, contiguous, or None.
         residual: (2, n) or (B, 2, n) in the type of ``h``, contiguous; starts as zeros; or None.
             The errors of diag(H) and of sum_x; those of H_ij, i > j, are kept at H_ji. Give it to
@@ -124,9 +127,10 @@ def hessian_finalize_(
     _check_accumulator(name, h, sum_x, residual)
     if not total_weight > 0 or not isfinite(total_weight):
         raise ValueError(
-            f"{name}: total_weight must be finite and above 0, got {total_weight}. The "
-            "accumulator saw no sample, or only samples of weight 0: check that the calibration "
-            "inputs reach this layer."
+            f"{name}: total_weight must be finite and above 0, got {total_weight}. "
+            "It is the sum over all tokens of their weights; where that is 0 the accumulator saw "
+            "no sample, or only samples of weight 0: check that the calibration inputs reach this "
+            "layer."
         )
     sums = {"diag(h)": h.diagonal(dim1=-2, dim2=-1), "sum_x": sum_x, "residual": residual}
     found = {label: torch.isfinite(values) for label, values in sums.items() if values is not None}
@@ -151,6 +155,14 @@ def _batched(dims: int, *tensors: Any) -> Iterator[Any]:
 def _split_weight(name: str, weight: float | Tensor, tokens: int) -> tuple[float, Tensor | None]:
     """Check a weight and return (weight of everything, weights of samples or None)."""
     if not isinstance(weight, Tensor):
+        _checks.require(
+            isinstance(weight, Real),
+            name,
+            "weight",
+            "a number, or a tensor on the CPU with one for each sample",
+            type(weight).__name__,
+            "Convert it with torch.tensor().",
+        )
         _checks.require(
             isfinite(weight) and weight >= 0,
             name,
@@ -369,13 +381,15 @@ def tune_hessian(
     """
     name = "tune_hessian"
     where = torch.device(device)
-    cure = "There is nothing to tune on the CPU."
-    _checks.require(where.type == "cuda", name, "device", "a CUDA device", device, cure)
+    nothing = "There is nothing to tune on the CPU."
+    _checks.require(where.type == "cuda", name, "device", "a CUDA device", device, nothing)
     inputs = (torch.bfloat16, torch.float16, torch.float32)
     cure = "Pass the type of the activations."
     _checks.require(dtype in inputs, name, "dtype", _checks.names(inputs), dtype, cure)
     for label, value in (("n", n), ("tokens", tokens)):
         _checks.require(value >= 1, name, label, "at least 1", value, "Pass a usual size.")
+    if not torch.cuda.is_available():
+        raise RuntimeError(f"{name}: needs a CUDA device, and torch sees none. {nothing}")
     with torch.cuda.device(where):
         times: dict[str, float] = _triton(name, where).tune(where, dtype, n, tokens, per_sample)
     return times

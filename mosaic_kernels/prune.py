@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mosaic_kernels import _checks, _elimination, _memory, _products
+from mosaic_kernels import _checks, _damping, _elimination, _memory, _products
 from mosaic_kernels._extension import EXTENSION
 from mosaic_kernels._precision import full_precision
 from mosaic_kernels.cholesky import inverse_of_entries
@@ -83,7 +83,7 @@ def prune_columns(
     multiply-adds to go from n to r columns. Works in the type of ``h``. Columns that never fired
     (H_jj = 0) count as zero weights and go first, at no loss. Ties go to the lowest index. The
     inputs are not modified. The layers of a batch are worked on together as far as memory allows:
-    each takes A, G, a copy of its weights and a panel (``elimination_bytes``).
+    each takes two matrices of the size of H, a copy of its weights and a panel.
 
     Args:
         weight: (B, m, n) or (m, n), any floating type; a batch holds layers of one shape.
@@ -103,11 +103,11 @@ def prune_columns(
             at any damping; or A stopped being positive definite for lack of precision.
 
     Source: Optimal Brain Surgeon (Hassibi & Stork 1993), groups as in OBS-Diff (arXiv
-    2510.06751); the blocked form is method section 4.
+    2510.06751); the blocked form is ours, see ``_elimination``.
     """
     name = "prune_columns"
-    weight, h = weight.detach(), h.detach()
     _check_layer(name, weight, h, (2, 3))
+    weight, h = weight.detach(), h.detach()
     _checks.require_damping(name, damping)
     n = h.shape[-1]
     _checks.require(
@@ -226,11 +226,12 @@ def compensate(weight: Tensor, h: Tensor, kept: Tensor, *, damping: float = 0.01
         ValueError: an argument is not as described.
         RuntimeError: the damped H_RR has no Cholesky factor.
 
-    Source: method section 4, identity 1.
+    Source: Optimal Brain Surgeon (Hassibi & Stork 1993): all removals at once.
     """
     name = "compensate"
     _check_layer(name, weight, h, (2,))
     _checks.require_damping(name, damping)
+    _damping.require_usable(name, h.unsqueeze(0))
     _checks.require_tensor(name, "kept", kept, dims=(1,), dtypes=(torch.int64,), like=h)
     if kept.numel():
         steps_up = bool((kept[1:] > kept[:-1]).all())

@@ -76,7 +76,7 @@ def prune_weights(
             their loss are beyond the range of the type of ``weight`` or ``h``.
 
     Source: SparseGPT (Frantar & Alistarh 2023, arXiv 2301.00774), as in OBS-Diff (arXiv
-    2510.06751); method section 4.
+    2510.06751).
     """
     name = "prune_weights"
     weight, h = weight.detach(), h.detach()

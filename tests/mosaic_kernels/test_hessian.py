@@ -241,6 +241,8 @@ def test_update_errors():
         ((torch.zeros(3, 6)[:, ::2], x), "h and sum_x must be contiguous"),
         ((h, x, 1.0, None, torch.zeros(3, 2).T), "h, sum_x and residual must be contiguous"),
         ((h, x.to("meta")), "hessian_update_: x must be on cpu like the other tensors"),
+        ((h, x.numpy()), "hessian_update_: x must be a torch tensor, got ndarray"),
+        ((h, x, [1.0, 2.0]), "hessian_update_: weight must be a number, or a tensor .* got list"),
         ((h, x, -1.0), "hessian_update_: weight must be finite and at least 0, got -1.0"),
         ((h, x, float("nan")), "hessian_update_: weight must be finite and at least 0, got nan"),
         ((h, x, torch.tensor([1.0, -1.0])), r"weight must be finite and at least 0, got \[-1.0\]"),

@@ -137,3 +137,13 @@ def test_choice_and_tuning(monkeypatch):
     assert times == {few[0]: 1.0, **dict.fromkeys(few[1:], 0.0)}
     assert choose(CPU, torch.bfloat16, 4608, False) == few[1]
     assert choose(CPU, torch.bfloat16, 4608, True) == TWO_SUMS
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_tuning_without_a_device_says_so():
+    import mosaic_kernels as mk
+
+    with pytest.raises(
+        RuntimeError, match="tune_hessian: needs a CUDA device, and torch sees none"
+    ):
+        mk.tune_hessian(64, torch.bfloat16)

@@ -236,6 +236,16 @@ def test_errors(make_layer):
         (lambda: mk.prune_columns(weight[0], h), "weight must be a tensor of 3 dimensions"),
         (lambda: mk.prune_columns(weight[:1], h), r"weight must be \(2, 'm', 4\) to match h"),
         (lambda: mk.prune_columns(weight[:, :, :3], h), r"weight must be \(2, 'm', 4\)"),
+        (lambda: mk.prune_columns(weight, None), "h must be a torch tensor, got NoneType"),
+        (
+            lambda: mk.compensate(layer[0], infinite[0], kept),
+            "compensate: h must be finite, got NaN",
+        ),
+        (lambda: mk.compensate(layer[0], 0 * layer[1], kept), "compensate: h must be of positive"),
+        (
+            lambda: mk.compensate(*layer, [0, 2]),
+            "compensate: kept must be a torch tensor, got list",
+        ),
         (lambda: mk.prune_columns(weight[:0], h[:0]), "h must be a batch of at least one matrix"),
         (lambda: mk.prune_columns(weight[:, :0], h), "weight must be of at least one row"),
         (lambda: mk.prune_columns(weight, h.half()), "h must be float32 or float64"),
