@@ -87,6 +87,39 @@ def require_square(function: str, argument: str, matrix: Tensor) -> None:
     )
 
 
+def require_layer(function: str, weight: Tensor, h: Tensor, dims: tuple[int, ...]) -> None:
+    """Check a layer, or a batch of them: weight (..., m, n), finite, and H (..., n, n)."""
+    require_tensor(function, "h", h, dims=dims, dtypes=WIDE)
+    require_square(function, "h", h)
+    require_tensor(function, "weight", weight, dims=(h.dim(),), dtypes=FLOATS, like=h)
+    shape = ", ".join(map(str, (*h.shape[:-2], "m", h.shape[-1])))
+    require(
+        weight.shape[:-2] == h.shape[:-2] and weight.shape[-1] == h.shape[-1],
+        function,
+        "weight",
+        f"({shape}) to match h",
+        describe(weight),
+        "H is that of the layer's input columns.",
+    )
+    require(
+        weight.shape[-2] > 0,
+        function,
+        "weight",
+        "of at least one row",
+        describe(weight),
+        "There is nothing to prune.",
+    )
+    finite = all_finite(weight.unsqueeze(0) if weight.dim() == 2 else weight)
+    require(
+        bool(finite.all()),
+        function,
+        "weight",
+        "finite",
+        f"NaN or infinity in batch {bad_entries(~finite)}",
+        "The checkpoint is damaged, or was cast to too narrow a type.",
+    )
+
+
 def require_damping(function: str, damping: float) -> None:
     """Check a damping: a share of mean(diag H), finite and not negative."""
     require(

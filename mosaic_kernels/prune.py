@@ -106,7 +106,7 @@ def prune_columns(
     2510.06751); the blocked form is ours, see ``_elimination``.
     """
     name = "prune_columns"
-    _check_layer(name, weight, h, (2, 3))
+    _checks.require_layer(name, weight, h, (2, 3))
     weight, h = weight.detach(), h.detach()
     _checks.require_damping(name, damping)
     n = h.shape[-1]
@@ -161,38 +161,6 @@ def elimination_bytes(
     return element_size * columns * (matrices * columns + rows + panel)
 
 
-def _check_layer(name: str, weight: Tensor, h: Tensor, dims: tuple[int, ...]) -> None:
-    _checks.require_tensor(name, "h", h, dims=dims, dtypes=_checks.WIDE)
-    _checks.require_square(name, "h", h)
-    _checks.require_tensor(name, "weight", weight, dims=(h.dim(),), dtypes=_checks.FLOATS, like=h)
-    _checks.require(
-        weight.shape[:-2] == h.shape[:-2] and weight.shape[-1] == h.shape[-1],
-        name,
-        "weight",
-        f"{(*h.shape[:-2], 'm', h.shape[-1])} to match h",
-        _checks.describe(weight),
-        "H is that of the layer's input columns.",
-    )
-    _checks.require(
-        weight.shape[-2] > 0,
-        name,
-        "weight",
-        "of at least one row",
-        _checks.describe(weight),
-        "There is nothing to prune.",
-    )
-    batch = weight.unsqueeze(0) if weight.dim() == 2 else weight
-    finite = _checks.all_finite(batch)
-    _checks.require(
-        bool(finite.all()),
-        name,
-        "weight",
-        "finite",
-        f"NaN or infinity in batch {_checks.bad_entries(~finite)}",
-        "The checkpoint is damaged, or was cast to too narrow a type.",
-    )
-
-
 def _check_losses(losses: Tensor) -> None:
     broken = torch.isnan(losses)
     failed = broken.any(-1)
@@ -229,7 +197,7 @@ def compensate(weight: Tensor, h: Tensor, kept: Tensor, *, damping: float = 0.01
     Source: Optimal Brain Surgeon (Hassibi & Stork 1993): all removals at once.
     """
     name = "compensate"
-    _check_layer(name, weight, h, (2,))
+    _checks.require_layer(name, weight, h, (2,))
     _checks.require_damping(name, damping)
     _damping.require_usable(name, h.unsqueeze(0))
     _checks.require_tensor(name, "kept", kept, dims=(1,), dtypes=(torch.int64,), like=h)

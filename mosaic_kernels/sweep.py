@@ -79,8 +79,8 @@ def prune_weights(
     2510.06751).
     """
     name = "prune_weights"
+    _checks.require_layer(name, weight, h, (2, 3))
     weight, h = weight.detach(), h.detach()
-    _check_layer(name, weight, h)
     n = h.shape[-1]
     keep, of = _check_target(name, n, sparsity, pattern)
     _checks.require_damping(name, damping)
@@ -103,37 +103,6 @@ def prune_weights(
     if h.dim() == 2:
         result, mask = result[0], mask[0]
     return Sweep(result, mask, losses, used)
-
-
-def _check_layer(name: str, weight: Tensor, h: Tensor) -> None:
-    _checks.require_tensor(name, "h", h, dims=(2, 3), dtypes=_checks.WIDE)
-    _checks.require_square(name, "h", h)
-    _checks.require_tensor(name, "weight", weight, dims=(h.dim(),), dtypes=_checks.FLOATS, like=h)
-    _checks.require(
-        weight.shape[:-2] == h.shape[:-2] and weight.shape[-1] == h.shape[-1],
-        name,
-        "weight",
-        f"{(*h.shape[:-2], 'm', h.shape[-1])} to match h",
-        _checks.describe(weight),
-        "H is that of the layer's input columns.",
-    )
-    _checks.require(
-        weight.shape[-2] > 0,
-        name,
-        "weight",
-        "of at least one row",
-        _checks.describe(weight),
-        "There is nothing to prune.",
-    )
-    finite = _checks.all_finite(weight.unsqueeze(0) if weight.dim() == 2 else weight)
-    _checks.require(
-        bool(finite.all()),
-        name,
-        "weight",
-        "finite",
-        f"NaN or infinity in batch {_checks.bad_entries(~finite)}",
-        "The checkpoint is damaged, or was cast to too narrow a type.",
-    )
 
 
 def _check_target(

@@ -234,8 +234,8 @@ def test_errors(make_layer):
         (lambda: mk.prune_columns(bad, h), "weight must be finite, got NaN .* batch entry 1"),
         (lambda: mk.prune_columns(weight, infinite), "h must be finite, got NaN .* entry 0"),
         (lambda: mk.prune_columns(weight[0], h), "weight must be a tensor of 3 dimensions"),
-        (lambda: mk.prune_columns(weight[:1], h), r"weight must be \(2, 'm', 4\) to match h"),
-        (lambda: mk.prune_columns(weight[:, :, :3], h), r"weight must be \(2, 'm', 4\)"),
+        (lambda: mk.prune_columns(weight[:1], h), r"weight must be \(2, m, 4\) to match h"),
+        (lambda: mk.prune_columns(weight[:, :, :3], h), r"weight must be \(2, m, 4\)"),
         (lambda: mk.prune_columns(weight, None), "h must be a torch tensor, got NoneType"),
         (
             lambda: mk.compensate(layer[0], infinite[0], kept),

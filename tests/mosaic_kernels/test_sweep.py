@@ -282,7 +282,7 @@ def test_errors(make_layer):
         (prune(h=infinite), "prune_weights: h must be finite, got NaN .* entry 0"),
         (prune(h=zero), r"h must be of positive mean diagonal, got \[0.0\] in batch entry 1"),
         (prune(weight[0]), "weight must be a tensor of 3 dimensions"),
-        (prune(weight[:1]), r"weight must be \(2, 'm', 4\) to match h"),
+        (prune(weight[:1]), r"weight must be \(2, m, 4\) to match h"),
         (prune(weight[:, :0]), "weight must be of at least one row"),
         (prune(weight[:0], h[:0]), "h must be a batch of at least one matrix"),
         (prune(weight.int()), "weight must be bfloat16, float16"),
