@@ -12,28 +12,16 @@
 namespace mosaic {
 namespace {
 
-template <class T>
-MOSAIC_INLINE void invert_factor_block_impl(T* block, std::int64_t width, std::int64_t ld,
-                                            std::uint8_t* failed, T* scratch) {
-  const bool exists = cholesky_lower(block, width, ld);
-  if (exists) invert_lower(block, width, ld, scratch);
-  for (std::int64_t i = 0; i < width; ++i) {
-    // A matrix that has failed is tried again with more damping: what matters is that no
-    // not-a-number spreads from it while its neighbours in the batch are finished.
-    const std::int64_t first = exists ? i + 1 : 0;
-    for (std::int64_t j = first; j < width; ++j) block[i * ld + j] = T(!exists && i == j);
-  }
-  if (!exists) *failed = 1;
+MOSAIC_CLONES bool invert_in_place(float* block, std::int64_t width, float* scratch) {
+  if (!cholesky_lower(block, width, width)) return false;
+  invert_lower(block, width, width, scratch);
+  return true;
 }
 
-MOSAIC_CLONES void invert_factor_block(float* block, std::int64_t width, std::int64_t ld,
-                                       std::uint8_t* failed, float* scratch) {
-  invert_factor_block_impl(block, width, ld, failed, scratch);
-}
-
-MOSAIC_CLONES void invert_factor_block(double* block, std::int64_t width, std::int64_t ld,
-                                       std::uint8_t* failed, double* scratch) {
-  invert_factor_block_impl(block, width, ld, failed, scratch);
+MOSAIC_CLONES bool invert_in_place(double* block, std::int64_t width, double* scratch) {
+  if (!cholesky_lower(block, width, width)) return false;
+  invert_lower(block, width, width, scratch);
+  return true;
 }
 
 // The block sweep (Gauss-Jordan elimination of a symmetric matrix). With J the block's columns,
@@ -52,11 +40,11 @@ struct Sweep {
   T* a;
   std::int64_t n, ld;  // ld: an odd number of cache lines, so that a column uses every cache set
   int threads;
-  std::vector<T> diagonal, scratch, rows, y;
+  std::vector<T> diagonal, rows, y;
 
   Sweep(T* matrix, std::int64_t size, int team)
       : a(matrix), n(size), ld(((size + 15) / 16 | 1) * 16), threads(team),
-        diagonal(kSweepColumns * kSweepColumns), scratch(kSweepColumns),
+        diagonal(kSweepColumns * kSweepColumns),
         rows(kSweepColumns * ld), y(kSweepColumns * ld) {}
 
   // rows = A_J:, from the lower triangle, with zeros in the columns of J.
@@ -92,10 +80,6 @@ struct Sweep {
     add_product(Product<T>{a + begin * n + begin, n, &term, 1, width, width, T(-1), true}, 1);
   }
 
-  static Operand operand(const T* data, std::int64_t k_stride, std::int64_t i_stride) {
-    return {data, sizeof(T) == 4 ? Element::f32 : Element::f64, k_stride, i_stride};
-  }
-
   // out (width x n) = P^T Q for a width x width P and Q (width x n).
   void multiply(Operand p, const std::vector<T>& q, std::int64_t width, std::vector<T>& out) {
     std::fill_n(out.data(), width * ld, T(0));
@@ -106,11 +90,7 @@ struct Sweep {
   bool run() {
     for (std::int64_t begin = 0; begin < n; begin += kSweepColumns) {
       const std::int64_t width = std::min(kSweepColumns, n - begin);
-      for (std::int64_t r = 0; r < width; ++r)
-        std::copy_n(a + (begin + r) * n + begin, r + 1, diagonal.data() + r * width);
-      std::uint8_t failed = 0;
-      invert_factor_block(diagonal.data(), width, width, &failed, scratch.data());
-      if (failed) return false;
+      if (!invert_factor(a + begin * n + begin, n, width, diagonal.data())) return false;
       load(begin, width);
       multiply(operand(diagonal.data(), 1, width), rows, width, y);
       const Operand all = operand(y.data(), ld, 1);
@@ -149,20 +129,16 @@ template void invert_matrices<float>(float*, std::int64_t, std::int64_t, std::ui
 template void invert_matrices<double>(double*, std::int64_t, std::int64_t, std::uint8_t*, int);
 
 template <class T>
-void invert_factor(T* blocks, std::int64_t batch, std::int64_t width, std::int64_t batch_stride,
-                   std::int64_t ld, std::uint8_t* failed, int threads) {
-  std::vector<T> scratch(static_cast<std::size_t>(batch * width));
-#pragma omp parallel for num_threads(threads) if (batch > 1)
-  for (std::int64_t b = 0; b < batch; ++b) {
-    invert_factor_block(blocks + b * batch_stride, width, ld, failed + b,
-                        scratch.data() + b * width);
+bool invert_factor(const T* a, std::int64_t ld, std::int64_t width, T* out) {
+  for (std::int64_t r = 0; r < width; ++r) {
+    std::copy_n(a + r * ld, r + 1, out + r * width);
+    std::fill_n(out + r * width + r + 1, width - r - 1, T(0));
   }
-  (void)threads;
+  std::vector<T> scratch(width);
+  return invert_in_place(out, width, scratch.data());
 }
 
-template void invert_factor<float>(float*, std::int64_t, std::int64_t, std::int64_t, std::int64_t,
-                                   std::uint8_t*, int);
-template void invert_factor<double>(double*, std::int64_t, std::int64_t, std::int64_t,
-                                    std::int64_t, std::uint8_t*, int);
+template bool invert_factor<float>(const float*, std::int64_t, std::int64_t, float*);
+template bool invert_factor<double>(const double*, std::int64_t, std::int64_t, double*);
 
 }  // namespace mosaic

@@ -4,12 +4,11 @@
 
 namespace mosaic {
 
-// Replaces each lower triangle of a batch of diagonal blocks (width x width, row stride ld,
-// batch_stride elements apart) by L^-1, where block = L L^T, and zeroes the upper triangle.
-// failed[i] is set to 1 where L does not exist; that block becomes the identity.
+// Writes L^-1, with zeros above its diagonal, to `out` (width x width, contiguous), where A = L L^T
+// is a small block (row stride ld) of which the lower triangle is read. Returns false, with `out`
+// half done, where L does not exist.
 template <class T>
-void invert_factor(T* blocks, std::int64_t batch, std::int64_t width, std::int64_t batch_stride,
-                   std::int64_t ld, std::uint8_t* failed, int threads);
+bool invert_factor(const T* a, std::int64_t ld, std::int64_t width, T* out);
 
 // Replaces each of a batch of symmetric positive definite matrices (n x n, contiguous), of which
 // the lower triangle is read, by its inverse, both triangles. Where there is no Cholesky factor,

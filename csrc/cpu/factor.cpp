@@ -27,10 +27,6 @@ struct Factor {
   int threads;
   std::vector<T> diagonal, side;
 
-  static Operand operand(const T* data, std::int64_t k_stride, std::int64_t i_stride) {
-    return {data, sizeof(T) == 4 ? Element::f32 : Element::f64, k_stride, i_stride};
-  }
-
   void add(T* c, Operand p, Operand q, std::int64_t rows, std::int64_t columns,
            std::int64_t depth, T alpha, bool lower = false) {
     const Term term{p, q, depth};
@@ -39,11 +35,7 @@ struct Factor {
 
   bool block(std::int64_t begin, std::int64_t width) {
     const std::int64_t end = begin + width, rest = n - end;
-    for (std::int64_t r = 0; r < width; ++r)
-      std::copy_n(a + (begin + r) * n + begin, r + 1, diagonal.data() + r * width);
-    std::uint8_t failed = 0;
-    invert_factor(diagonal.data(), 1, width, width * width, width, &failed, 1);
-    if (failed) return false;
+    if (!invert_factor(a + begin * n + begin, n, width, diagonal.data())) return false;
     for (std::int64_t r = 0; r < width; ++r)
       std::copy_n(diagonal.data() + r * width, r + 1, out + (begin + r) * n + begin);
     const Operand inverse = operand(diagonal.data(), 1, width);  // P^T = M_JJ

@@ -19,6 +19,12 @@ struct Operand {
   std::int64_t k_stride, i_stride;
 };
 
+// An operand of float or double.
+template <class T>
+Operand operand(const T* data, std::int64_t k_stride, std::int64_t i_stride) {
+  return {data, sizeof(T) == sizeof(float) ? Element::f32 : Element::f64, k_stride, i_stride};
+}
+
 // P^T Q, with P of depth x rows and Q of depth x columns.
 struct Term {
   Operand p, q;

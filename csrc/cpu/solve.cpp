@@ -27,10 +27,6 @@ struct Solver {
   std::vector<T> factors;  // L_JJ^-1 of each block, kBlock x kBlock
   std::vector<T> z;        // a block of Z, kBlock x rows
 
-  static Operand operand(const T* data, std::int64_t k_stride, std::int64_t i_stride) {
-    return {data, sizeof(T) == 4 ? Element::f32 : Element::f64, k_stride, i_stride};
-  }
-
   void add(T* c, std::int64_t c_stride, Operand p, Operand q, std::int64_t c_rows,
            std::int64_t c_columns, std::int64_t depth, T alpha, bool lower = false) {
     const Term term{p, q, depth};
@@ -41,11 +37,7 @@ struct Solver {
   bool forward(std::int64_t begin, std::int64_t width) {
     const std::int64_t end = begin + width, rest = n - end;
     T* factor = factors.data() + begin * kBlock;
-    for (std::int64_t r = 0; r < width; ++r)
-      std::copy_n(a + (begin + r) * n + begin, r + 1, factor + r * width);
-    std::uint8_t failed = 0;
-    invert_factor(factor, 1, width, width * width, width, &failed, 1);
-    if (failed) return false;
+    if (!invert_factor(a + begin * n + begin, n, width, factor)) return false;
     const Operand inverse = operand(factor, 1, width);  // P^T = L^-1
     std::fill_n(z.data(), width * rows, T(0));
     add(z.data(), rows, inverse, operand(b + begin, 1, n), width, rows, width, T(1));
