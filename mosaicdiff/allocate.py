@@ -56,7 +56,9 @@ def score_give(mean_scores: Sequence[float]) -> list[float]:
 
 
 def layer_counts(
-    layers: Sequence[PrunableLayer], shares: Sequence[float], round_to: int = 1
+    layers: Sequence[PrunableLayer],
+    shares: Sequence[float],
+    ladders: Sequence[Sequence[int]] | None = None,
 ) -> list[int]:
     """Round the share of every layer to whole groups removed, keeping the mean of the stage.
 
@@ -66,37 +68,60 @@ def layer_counts(
     Args:
         layers: what may be removed.
         shares: wanted share of each layer, in [0, 1].
-        round_to: kept neurons are a multiple of this, or all of them.
+        ladders: the numbers of groups that may be removed of each layer, 0 first; any number
+            by default. What a layer may not give, the others give in proportion.
 
     Returns:
         Groups to remove from each layer.
     """
     counts = [0] * len(layers)
+    if ladders is None:
+        ladders = [range(layer.groups + 1) for layer in layers]
+    wanted = _within_limits(
+        [s * layer.groups * layer.cost for s, layer in zip(shares, layers, strict=True)],
+        [ladder[-1] * layer.cost for ladder, layer in zip(ladders, layers, strict=True)],
+    )
     heads = [i for i, layer in enumerate(layers) if layer.kind == "heads"]
     neurons = [i for i, layer in enumerate(layers) if layer.kind != "heads"]
-    debt = _round_layers(layers, shares, heads, 1, 0.0, counts)
-    _round_layers(layers, shares, neurons, round_to, debt, counts)
+    debt = _round_layers(layers, wanted, heads, ladders, 0.0, counts)
+    _round_layers(layers, wanted, neurons, ladders, debt, counts)
     return counts
+
+
+def _within_limits(wanted: Sequence[float], limits: Sequence[float]) -> list[float]:
+    """Cap what is wanted of each layer and spread the rest over those that can give more."""
+    given, limit = np.asarray(wanted, float), np.asarray(limits, float)
+    total = given.sum()
+    for _ in range(len(given)):
+        over = given > limit
+        if not over.any():
+            break
+        given = np.minimum(given, limit)
+        free = given < limit
+        if not given[free].sum() > 0:
+            break
+        given[free] *= 1 + (total - given.sum()) / given[free].sum()
+    return [float(g) for g in np.minimum(given, limit)]
 
 
 def _round_layers(
     layers: Sequence[PrunableLayer],
-    shares: Sequence[float],
+    macs: Sequence[float],
     chosen: Sequence[int],
-    unit: int,
+    ladders: Sequence[Sequence[int]],
     debt: float,
     counts: list[int],
 ) -> float:
     """Round the chosen layers, paying `debt` MACs on top; return the MACs left unpaid."""
     if not chosen:
         return debt
-    wanted = {i: shares[i] * layers[i].groups * layers[i].cost for i in chosen}
+    wanted = {i: macs[i] for i in chosen}
     total = sum(wanted.values())
     # A debt is spread over the layers in proportion to what they give anyway.
     scale = (total + debt) / total if total > 0 else 0.0
     target = total * scale
-    steps = {i: _levels(layers[i].groups, unit) for i in chosen}
-    exact = {i: min(layers[i].groups, max(0.0, wanted[i] * scale / layers[i].cost)) for i in chosen}
+    steps = {i: ladders[i] for i in chosen}
+    exact = {i: min(steps[i][-1], max(0.0, wanted[i] * scale / layers[i].cost)) for i in chosen}
     for i in chosen:
         counts[i] = max(level for level in steps[i] if level <= exact[i] + 1e-9)
     spent = sum(counts[i] * layers[i].cost for i in chosen)
@@ -112,9 +137,3 @@ def _round_layers(
             counts[i] = higher[0]
             spent += step
     return total + debt - spent
-
-
-def _levels(groups: int, unit: int) -> list[int]:
-    """List the numbers of groups that may be removed when what is kept is a multiple of unit."""
-    kept = {groups, *range(0, groups + 1, unit)}
-    return sorted(groups - k for k in kept)

@@ -100,20 +100,43 @@ def collect_statistics(
     widths = {layer.reader: layer.groups * layer.width for layer in layers}
     bank = HessianBank(widths, parameter.device)
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + stage.first)
+    batches = draw_noisy(denoiser, adapter, stage, schedule, data, config, generator)
     with torch.no_grad(), capture_inputs(denoiser, widths, bank.update):
-        for latents, inputs in data.draw(config.samples, config.batch_size, generator):
-            rows = len(latents)
-            timesteps = torch.randint(
-                stage.first, stage.last + 1, (rows,), generator=generator, dtype=torch.long
-            )
-            noise = torch.randn(latents.shape, generator=generator)
-            dropped = torch.rand(rows, generator=generator) < config.null_share
-            inputs = adapter.null_inputs(denoiser, inputs, dropped)
-            noisy = add_noise(schedule, latents, noise, timesteps)
-            denoiser(
-                noisy.to(parameter.device, parameter.dtype),
-                **{adapter.timestep_argument[0]: timesteps.to(parameter.device)},
-                **{key: value.to(parameter.device) for key, value in inputs.items()},
-            )
-            advance(rows)
+        for noisy, timesteps, inputs in batches:
+            adapter.predict(denoiser, noisy, timesteps, inputs)
+            advance(len(noisy))
     return bank
+
+
+def draw_noisy(
+    denoiser: nn.Module,
+    adapter: Adapter,
+    stage: Stage,
+    schedule: NoiseSchedule,
+    data: CalibrationSet,
+    config: PruneConfig,
+    generator: torch.Generator,
+    samples: int | None = None,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]:
+    """Yield noisy latents of one stage, their timesteps and conditions, on the denoiser's device.
+
+    Args:
+        generator: of all that is drawn.
+        samples: how many; those of the configuration by default.
+    """
+    parameter = next(denoiser.parameters())
+    count = config.samples if samples is None else samples
+    for latents, inputs in data.draw(count, config.batch_size, generator):
+        rows = len(latents)
+        timesteps = torch.randint(
+            stage.first, stage.last + 1, (rows,), generator=generator, dtype=torch.long
+        )
+        noise = torch.randn(latents.shape, generator=generator)
+        dropped = torch.rand(rows, generator=generator) < config.null_share
+        inputs = adapter.null_inputs(denoiser, inputs, dropped)
+        noisy = add_noise(schedule, latents, noise, timesteps)
+        yield (
+            noisy.to(parameter.device, parameter.dtype),
+            timesteps.to(parameter.device),
+            {key: value.to(parameter.device) for key, value in inputs.items()},
+        )

@@ -9,26 +9,51 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from .budget import DEFAULT_SPARSITY, UNITS, Budget
+from .search_config import SearchConfig
+
 CRITERIA = ("obs", "magnitude", "wanda", "random")
 COMPENSATIONS = ("plain", "affine", "none")
-ALLOCATIONS = ("score", "uniform", "explicit")
+ALLOCATIONS = ("score", "uniform", "optimal", "evolutionary", "explicit")
+WEIGHTINGS = ("raw", "sensitivity")
+CHOICES = ("separate", "nested", "shared")
+GRANULARITIES = ("width", "layers", "blocks")
+DEPTH_RANKS = ("curve", "error", "cosine")
+#: Stages where none are asked for: those of Diff-ES for a search, of MosaicDiff otherwise.
+SEARCHED_STAGES, CLOSED_FORM_STAGES = 10, 3
 
 
 @dataclass(frozen=True)
 class PruneConfig:
     """Say how a denoiser is divided, allocated, calibrated and pruned.
 
+    At most one budget is given (see `Budget` for the units); `sparsity` 0.3 where none is.
+    `allocation="explicit"` states its own shares and takes no budget.
+
     Args:
         sparsity: share of the prunable MACs to remove, averaged over the sampling steps, in
-            [0, 1). Ignored by `allocation="explicit"`, which states its own.
+            [0, 1), as a number or as text such as `30%`.
+        macs: of one image, e.g. `0.6x` of the dense model's, or `3.9T`.
+        params: that the checkpoint holds, all stages together, e.g. `0.8x` or `450M`.
+        size: of the checkpoint's weights, e.g. `0.8x` or `1.2GB`.
+        latency: of a call on this device, mean over the steps, e.g. `0.7x` or `25ms`.
+        quality: the largest sparsity whose measured error stays under this (see
+            `trajectory.latent_error`).
         allocation: `score` gives each stage in proportion to 1 - its mean step score,
-            `uniform` gives all stages the same, `explicit` takes the two fields below.
+            `uniform` gives all stages the same, `optimal` takes from every layer of every stage
+            what it loses least by, `evolutionary` searches from there (`search`), `explicit`
+            takes the two fields below.
         stage_sparsity: one share for each stage, noisiest first.
         layer_sparsity: shares for single layers, by layer name: one for each stage. Layers not
             named take their stage's share.
-        stages: 3 (early, middle, late; fewer where one is empty) or 1 (one network).
+        stages: 3 (early, middle, late by the closed form; fewer where one is empty), another
+            number (stages of equal sampling steps; 1 is one network), or `auto` (boundaries
+            from the data, up to `max_stages`). None: 10 for `evolutionary`, 3 otherwise.
         boundaries: explicit train timesteps instead of the closed form: a timestep at or above a
             boundary belongs to the noisier side. Any number of stages.
+        bins: of `stages="auto"`: how many runs of equal sampling steps are calibrated, whose
+            edges may become boundaries.
+        max_stages: of `stages="auto"`.
         threshold: M, the share of the largest score at which the middle stage begins.
         snr_weight: lambda, the weight of ln SNR in the score.
         max_sparsity: the most that one stage may give (benchmarks.bench_quality cap).
@@ -41,17 +66,39 @@ class PruneConfig:
         null_share: share of the calibration samples that carry the null condition, in [0, 1].
         damping: added to the Hessian's diagonal, relative to its mean.
         round_to: kept FFN neurons are a multiple of this (or all of them).
+        weighting: of the layers' errors in `optimal`: `raw`, or by how much the denoiser's
+            output depends on the layer's (`sensitivity`).
+        choice: `separate` groups in every stage; `nested`: a stage that keeps fewer keeps some
+            of those that others keep; `shared`: the same groups in all stages, refitted for
+            each. The last two store less. Not with the criterion `random`.
+        granularity: what goes at once: `width` heads and neurons, `layers` a whole attention or
+            FFN, `blocks` both together. `layers` and `blocks` need `optimal` or `evolutionary`.
+        depth_rank: what whole layers or blocks are ranked by: `curve` their error when removed,
+            `error` or `cosine` what they change of the residual stream.
+        least_heads: that every attention of every stage keeps.
+        least_neurons: that every FFN of every stage keeps.
+        keep: patterns (`*` and `?`) of names of layers that are left whole.
+        latency_batch: rows of a call for a latency budget.
+        probe_samples: samples that measured errors are taken over (`quality`, search, sweep).
+        search: of `allocation="evolutionary"`.
 
     Raises:
         ValueError: a field is out of range; the message names the field and the rule.
     """
 
-    sparsity: float = 0.3
+    sparsity: float | str | None = None
+    macs: float | str | None = None
+    params: float | str | None = None
+    size: float | str | None = None
+    latency: float | str | None = None
+    quality: float | str | None = None
     allocation: str = "score"
     stage_sparsity: tuple[float, ...] | None = None
     layer_sparsity: Mapping[str, tuple[float, ...]] | None = None
-    stages: int = 3
+    stages: int | str | None = None
     boundaries: tuple[int, ...] | None = None
+    bins: int = 10
+    max_stages: int = 4
     threshold: float = 0.55
     snr_weight: float = 0.01
     max_sparsity: float = 0.95
@@ -64,42 +111,100 @@ class PruneConfig:
     null_share: float = 0.1
     damping: float = 0.01
     round_to: int = 1
+    weighting: str = "raw"
+    choice: str = "separate"
+    granularity: str = "width"
+    depth_rank: str = "curve"
+    least_heads: int = 0
+    least_neurons: int = 0
+    keep: tuple[str, ...] = ()
+    latency_batch: int = 1
+    probe_samples: int = 32
+    search: SearchConfig = SearchConfig()
 
     def __post_init__(self) -> None:
         self._freeze_sequences()
+        self._check_budget()
         self._check_choices()
         self._check_shares()
         self._check_counts()
         self._check_explicit()
 
     def _freeze_sequences(self) -> None:
-        for name in ("stage_sparsity", "boundaries"):
+        for name in ("stage_sparsity", "boundaries", "keep"):
             value = getattr(self, name)
+            if isinstance(value, str):
+                raise ValueError(f"PruneConfig: {name} must be a list, got {value!r}.")
             if value is not None:
                 object.__setattr__(self, name, tuple(value))
+        if isinstance(self.search, Mapping):
+            object.__setattr__(self, "search", SearchConfig(**self.search))
         if self.layer_sparsity is not None:
             frozen = {name: tuple(shares) for name, shares in self.layer_sparsity.items()}
             object.__setattr__(self, "layer_sparsity", frozen)
+
+    @property
+    def budget(self) -> Budget:
+        """The one budget: what was given, or a sparsity of 0.3."""
+        for unit in UNITS:
+            value = getattr(self, unit)
+            if value is not None:
+                return Budget.parse(unit, value)
+        return Budget("sparsity", DEFAULT_SPARSITY)
+
+    @property
+    def stage_count(self) -> int | str:
+        """The number of stages asked for, `auto`, or the allocation's usual number."""
+        if self.stages is not None:
+            return self.stages
+        return SEARCHED_STAGES if self.allocation == "evolutionary" else CLOSED_FORM_STAGES
+
+    def _check_budget(self) -> None:
+        given = [unit for unit in UNITS if getattr(self, unit) is not None]
+        if len(given) > 1:
+            raise ValueError(
+                f"PruneConfig: a budget must be in one unit, got {' and '.join(given)}. "
+                "Keep the one that matters most."
+            )
+        if given and self.allocation == "explicit" and given != ["sparsity"]:
+            raise ValueError(
+                f"PruneConfig: {given[0]} must be left out with allocation='explicit', which "
+                f"states its shares, got {getattr(self, given[0])!r}."
+            )
+        _ = self.budget
 
     def _check_choices(self) -> None:
         for name, choices in (
             ("allocation", ALLOCATIONS),
             ("criterion", CRITERIA),
             ("compensation", COMPENSATIONS),
+            ("weighting", WEIGHTINGS),
+            ("choice", CHOICES),
+            ("granularity", GRANULARITIES),
+            ("depth_rank", DEPTH_RANKS),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"PruneConfig: {name} must be one of {', '.join(choices)}, "
                     f"got {getattr(self, name)!r}."
                 )
-        if self.stages not in (1, 3):
+        whole = isinstance(self.stages, int) and not isinstance(self.stages, bool)
+        if self.stages not in (None, "auto") and not (whole and int(self.stages) >= 1):
             raise ValueError(
-                f"PruneConfig: stages must be 3 or 1, got {self.stages}. The closed form finds an "
-                "early, a middle and a late stage; for another number give boundaries."
+                f"PruneConfig: stages must be a whole number of at least 1, or auto, "
+                f"got {self.stages!r}."
+            )
+        if self.granularity != "width" and self.allocation not in ("optimal", "evolutionary"):
+            raise ValueError(
+                f"PruneConfig: allocation must be optimal or evolutionary with granularity "
+                f"{self.granularity!r}, got {self.allocation!r}: shares do not fit whole layers."
+            )
+        if self.choice != "separate" and self.criterion == "random":
+            raise ValueError(
+                f"PruneConfig: criterion must not be random with choice {self.choice!r}."
             )
 
     def _check_shares(self) -> None:
-        _check_share("sparsity", self.sparsity)
         for share in self.stage_sparsity or ():
             _check_share("stage_sparsity", share, closed=True)
         for name, shares in (self.layer_sparsity or {}).items():
@@ -123,11 +228,23 @@ class PruneConfig:
             )
 
     def _check_counts(self) -> None:
-        for name in ("steps", "samples", "batch_size", "round_to"):
+        for name, least in (
+            ("steps", 1),
+            ("samples", 1),
+            ("batch_size", 1),
+            ("round_to", 1),
+            ("bins", 1),
+            ("max_stages", 1),
+            ("latency_batch", 1),
+            ("probe_samples", 1),
+            ("least_heads", 0),
+            ("least_neurons", 0),
+        ):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(
-                    f"PruneConfig: {name} must be a whole number of at least 1, got {value!r}."
+                    f"PruneConfig: {name} must be a whole number of at least {least}, "
+                    f"got {value!r}."
                 )
         if not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(
@@ -159,7 +276,7 @@ class PruneConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that JSON can hold; `from_dict` is the inverse."""
         values = asdict(self)
-        for name in ("stage_sparsity", "boundaries"):
+        for name in ("stage_sparsity", "boundaries", "keep"):
             if values[name] is not None:
                 values[name] = list(values[name])
         if self.layer_sparsity is not None:

@@ -26,6 +26,7 @@ class PrunableLayer:
         groups: how many there are in the dense layer.
         width: columns of one group (the head dimension, or 1).
         cost: MACs of one group for one sample in reader and writers, attention products aside.
+        products: MACs of one group's attention products for one sample.
     """
 
     name: str
@@ -35,6 +36,12 @@ class PrunableLayer:
     groups: int
     width: int
     cost: int
+    products: int = 0
+
+    @property
+    def block(self) -> str:
+        """Name of the block that holds the layer."""
+        return self.name.rpartition(".")[0]
 
     @property
     def parameters(self) -> tuple[str, ...]:

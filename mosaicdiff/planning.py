@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 
 from .allocate import layer_counts, score_give, stage_shares
+from .budget import TOLERANCE
 from .config import PruneConfig
+from .costs import CostModel, describe_cost
 from .groups import PrunableLayer
+from .items import allowed_levels
 from .schedule import NoiseSchedule, step_log_snr
 from .stages import Division, divide, stage_means
 
@@ -49,20 +52,35 @@ class PrunePlan:
         ) / sum(self.steps)
 
 
-def make_plan(
-    layers: Sequence[PrunableLayer], scheduler: Any, config: PruneConfig, power: float = 1.0
-) -> PrunePlan:
-    """Divide and allocate.
+@dataclass(frozen=True)
+class Frame:
+    """The stages of a request and the sampling steps in them; what a plan is made within.
 
     Args:
-        layers: of the denoiser.
+        schedule: train schedule of the scheduler.
+        division: the stages, noisiest first; bins for `stages="auto"`.
+        steps: sampling steps of each stage.
+        visited: ln SNR of every sampling step.
+        power: P, the mean square of the clean latents.
+    """
+
+    schedule: NoiseSchedule
+    division: Division
+    steps: tuple[int, ...]
+    visited: np.ndarray
+    power: float
+
+
+def make_frame(scheduler: Any, config: PruneConfig, power: float = 1.0) -> Frame:
+    """Divide the trajectory and count the sampling steps of the stages.
+
+    Args:
         scheduler: a diffusers scheduler; it is not touched.
         config: the request.
         power: P, the mean square of the clean latents.
 
     Raises:
-        ValueError: the scheduler gives no signal-to-noise ratio, the sparsity cannot be met
-            under the cap, or explicit shares do not fit the stages or layers.
+        ValueError: the scheduler gives no signal-to-noise ratio, or the steps do not fit.
     """
     schedule = NoiseSchedule.from_scheduler(scheduler)
     sampler = type(scheduler).from_config(scheduler.config)
@@ -73,27 +91,115 @@ def make_plan(
         )
     sampler.set_timesteps(config.steps)
     visited = step_log_snr(sampler)
-    division = make_division(schedule, config, power).without_empty(schedule, visited)
-    steps = division.count_steps(visited)
-    shares = _stage_shares(schedule, division, visited, steps, config, power)
+    timesteps = np.asarray(sampler.timesteps.cpu(), dtype=np.float64)
+    division = make_division(schedule, config, power, timesteps).without_empty(schedule, visited)
+    return Frame(schedule, division, tuple(division.count_steps(visited)), visited, power)
+
+
+def make_division(
+    schedule: NoiseSchedule, config: PruneConfig, power: float, timesteps: np.ndarray
+) -> Division:
+    """Divide a schedule as a configuration asks; `auto` gives its bins."""
+    if config.boundaries is not None:
+        return Division.at_timesteps(schedule, config.boundaries)
+    count = config.stage_count
+    if count == 3:
+        return divide(
+            schedule, power=power, threshold=config.threshold, snr_weight=config.snr_weight
+        )
+    if count == "auto":
+        # The closed form's boundaries are among the bins', so that the data may prefer them.
+        even = equal_division(schedule, timesteps, min(config.bins, len(timesteps)))
+        formed = divide(
+            schedule, power=power, threshold=config.threshold, snr_weight=config.snr_weight
+        )
+        starts = {s.first for d in (even, formed) for s in d.stages if s.first > 0}
+        return Division.at_timesteps(schedule, sorted(starts))
+    return equal_division(schedule, timesteps, int(count))
+
+
+def equal_division(schedule: NoiseSchedule, timesteps: np.ndarray, count: int) -> Division:
+    """Divide so that every stage has as many sampling steps as the others, give or take one.
+
+    Raises:
+        ValueError: there are fewer steps than stages.
+    """
+    if count > len(timesteps):
+        raise ValueError(
+            f"prune: stages must be at most {len(timesteps)}, the sampling steps, got {count}."
+        )
+    firsts = [round(k * len(timesteps) / count) for k in range(1, count)]
+    starts = [int(np.ceil((timesteps[i - 1] + timesteps[i]) / 2)) for i in firsts]
+    return Division.at_timesteps(schedule, starts)
+
+
+def share_plan(
+    layers: Sequence[PrunableLayer], frame: Frame, config: PruneConfig, sparsity: float
+) -> PrunePlan:
+    """Allocate by shares: `score`, `uniform` (at a sparsity) or `explicit` (which states its own).
+
+    Raises:
+        ValueError: the sparsity cannot be met under the cap, or explicit shares do not fit the
+            stages or layers.
+    """
+    shares = _stage_shares(frame, config, sparsity)
+    ladders = [allowed_levels(layer, config) for layer in layers]
     removed = tuple(
         tuple(
             layer_counts(
-                layers, _layer_shares(layers, share, k, len(division), config), config.round_to
+                layers, _layer_shares(layers, share, k, len(frame.division), config), ladders
             )
         )
         for k, share in enumerate(shares)
     )
-    return PrunePlan(division, tuple(steps), tuple(shares), tuple(layers), removed)
+    return PrunePlan(frame.division, frame.steps, tuple(shares), tuple(layers), removed)
 
 
-def make_division(schedule: NoiseSchedule, config: PruneConfig, power: float) -> Division:
-    """Divide a schedule as a configuration asks."""
-    if config.boundaries is not None:
-        return Division.at_timesteps(schedule, config.boundaries)
-    if config.stages == 1:
-        return Division.at_timesteps(schedule, ())
-    return divide(schedule, power=power, threshold=config.threshold, snr_weight=config.snr_weight)
+def most_sparsity(layers: Sequence[PrunableLayer], frame: Frame, config: PruneConfig) -> float:
+    """Return the largest sparsity that `score` or `uniform` can reach."""
+    give = np.asarray(_stage_give(frame, config)) > 0
+    weight = np.asarray(frame.steps, dtype=float) / sum(frame.steps)
+    total = sum(layer.groups * layer.cost for layer in layers)
+    may_go = sum(allowed_levels(layer, config)[-1] * layer.cost for layer in layers) / total
+    return float((weight * give).sum()) * min(config.max_sparsity, may_go)
+
+
+def effort_bounds(
+    layers: Sequence[PrunableLayer], frame: Frame, config: PruneConfig, costs: CostModel
+) -> None:
+    """Refuse a budget that even the largest effort does not meet, before anything is calibrated.
+
+    Raises:
+        ValueError: the message says what can be had.
+    """
+    budget = config.budget
+    if budget.unit in ("latency", "quality"):
+        return  # only a measurement tells
+    by_share = config.allocation in ("score", "uniform")
+    if by_share and budget.unit == "sparsity":
+        share_plan(layers, frame, config, budget.value)
+        return
+    if by_share:
+        removed = share_plan(layers, frame, config, most_sparsity(layers, frame, config)).removed
+    else:
+        row = tuple(allowed_levels(layer, config)[-1] for layer in layers)
+        removed = tuple(row for _ in frame.steps)
+    least, dense = costs.cost(budget.unit, removed), costs.dense(budget.unit)
+    if budget.unit == "sparsity":
+        most = min(least, config.max_sparsity)
+        if budget.value > most * (1 + TOLERANCE):
+            raise ValueError(
+                f"prune: sparsity must be at most {most:.4f} with these settings, got "
+                f"{budget.value:g}. Ask for less, or raise max_sparsity and leave less whole."
+            )
+        return
+    wanted = budget.target(dense)
+    if not least * (1 - TOLERANCE) <= wanted <= max(dense, least) * (1 + TOLERANCE):
+        low, high = (describe_cost(budget.unit, value) for value in (least, dense))
+        raise ValueError(
+            f"prune: {budget.unit} must be between {low} (all that may go) and {high} (dense) "
+            f"with these settings, got {describe_cost(budget.unit, wanted)}."
+        )
 
 
 def step_scores(
@@ -105,14 +211,8 @@ def step_scores(
     return np.interp(visited, schedule.log_snr[order], score[order]) / score.max()
 
 
-def _stage_shares(
-    schedule: NoiseSchedule,
-    division: Division,
-    visited: np.ndarray,
-    steps: Sequence[int],
-    config: PruneConfig,
-    power: float,
-) -> list[float]:
+def _stage_shares(frame: Frame, config: PruneConfig, sparsity: float) -> list[float]:
+    division = frame.division
     if config.allocation == "explicit":
         given = config.stage_sparsity or ()
         if len(given) != len(division):
@@ -121,11 +221,14 @@ def _stage_shares(
                 f"({', '.join(stage.name for stage in division.stages)}), got {len(given)}."
             )
         return list(given)
-    give = [1.0] * len(division)
-    if config.allocation == "score" and len(division) > 1:
-        scores = step_scores(schedule, visited, power, config.snr_weight)
-        give = score_give(stage_means(division, scores, visited))
-    return stage_shares(give, steps, config.sparsity, config.max_sparsity)
+    return stage_shares(_stage_give(frame, config), frame.steps, sparsity, config.max_sparsity)
+
+
+def _stage_give(frame: Frame, config: PruneConfig) -> list[float]:
+    if config.allocation == "uniform" or len(frame.division) == 1:
+        return [1.0] * len(frame.division)
+    scores = step_scores(frame.schedule, frame.visited, frame.power, config.snr_weight)
+    return score_give(stage_means(frame.division, scores, frame.visited))
 
 
 def _layer_shares(

@@ -35,6 +35,25 @@ class StageReport:
 
 
 @dataclass(frozen=True)
+class DecisionReport:
+    """How it was decided what goes.
+
+    Args:
+        allocation: that was used.
+        budget: that was asked for.
+        reached: in the budget's unit; None where shares were stated.
+        predicted_error: the layers' weighted squared errors, summed, mean over the steps.
+        measured: what was measured on the way: errors by effort, latencies, a search.
+    """
+
+    allocation: str
+    budget: str
+    reached: float | None
+    predicted_error: float
+    measured: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class PruneReport:
     """What was done: MACs are of one denoiser call for one sample; pruned ones average the steps.
 
@@ -57,6 +76,7 @@ class PruneReport:
     bytes: int
     resident_bytes: int
     seconds: float
+    decision: DecisionReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that JSON can hold."""
@@ -102,4 +122,6 @@ def report_from_dict(values: dict[str, Any]) -> PruneReport:
         StageReport(**{**stage, "layers": [LayerReport(**row) for row in stage["layers"]]})
         for stage in values["stages"]
     ]
-    return PruneReport(**{**values, "stages": stages})
+    decision = values.get("decision")
+    made = None if decision is None else DecisionReport(**decision)
+    return PruneReport(**{**values, "stages": stages, "decision": made})

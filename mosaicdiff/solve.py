@@ -11,18 +11,18 @@ import torch
 from mosaic_kernels import cholesky_inverse, compensate, prune_columns
 
 from .bank import Statistics
+from .curves import RemovalCurve, losses_along
 from .groups import PrunableLayer
 
 
 @dataclass(frozen=True)
 class LayerProblem:
-    """One reader of one stage: its weight (m, n), bias (m,) or None, and how much must go."""
+    """One reader of one stage: its weight (m, n), bias (m,) or None, and its statistics."""
 
     layer: PrunableLayer
     weight: torch.Tensor
     bias: torch.Tensor | None
     statistics: Statistics
-    remove: int
 
 
 @dataclass(frozen=True)
@@ -44,42 +44,55 @@ class LayerSolution:
     damping: float
 
 
-def solve_layers(
+def trace_layers(
     problems: Sequence[LayerProblem],
     criterion: str,
     compensation: str,
     damping: float,
     generator: torch.Generator,
-) -> list[LayerSolution]:
-    """Solve the readers of one stage, those of one shape in one batch.
+) -> list[RemovalCurve]:
+    """Order the groups of every layer from the first to go to the last, with what each adds.
+
+    Layers of one shape go through in one batch.
 
     Args:
         criterion: `obs`, `magnitude`, `wanda` or `random`.
-        compensation: `plain`, `affine` or `none`.
+        compensation: `plain`, `affine` or `none`: the losses are those of the refitted layer.
         damping: relative to the mean of the Hessian's diagonal.
         generator: of the `random` criterion.
+
+    Raises:
+        ValueError, RuntimeError: a Hessian cannot be used; the message names the readers.
     """
     batches: dict[tuple, list[int]] = defaultdict(list)
     for index, problem in enumerate(problems):
         batches[(*problem.weight.shape, problem.layer.width)].append(index)
-    solutions: dict[int, LayerSolution] = {}
+    curves: dict[int, RemovalCurve] = {}
     for members in batches.values():
         chosen = [problems[i] for i in members]
         second_order = [_second_order(problem, compensation) for problem in chosen]
         try:
-            orders, dampings = _removal_orders(
-                chosen, second_order, criterion, compensation, damping, generator
-            )
+            traced = _trace_batch(chosen, second_order, criterion, compensation, damping, generator)
         except (ValueError, RuntimeError) as error:
             names = ", ".join(f"{k}: {p.layer.reader}" for k, p in enumerate(chosen))
             raise type(error)(f"{error} The entries are {names}.") from None
-        for i, hessian, order, used in zip(members, second_order, orders, dampings, strict=True):
-            problem = problems[i]
-            removed = torch.zeros(problem.layer.groups, dtype=torch.bool)
-            removed[order[: problem.remove].cpu()] = True
-            kept = (~removed).nonzero().flatten()
-            solutions[i] = _fit(problem, kept, hessian, compensation, used)
-    return [solutions[i] for i in range(len(problems))]
+        curves.update(zip(members, traced, strict=True))
+    return [curves[i] for i in range(len(problems))]
+
+
+def trace_along(
+    problem: LayerProblem, order: torch.Tensor, compensation: str, damping: float
+) -> RemovalCurve:
+    """Return what each removal adds along an order that is given, (groups,)."""
+    losses = losses_along(
+        problem.weight,
+        _second_order(problem, compensation),
+        problem.layer.columns(order),
+        problem.layer.width,
+        damping=damping,
+        compensated=compensation != "none",
+    )
+    return RemovalCurve(order, losses, 0.0 if compensation == "none" else damping)
 
 
 def _second_order(problem: LayerProblem, compensation: str) -> torch.Tensor:
@@ -90,30 +103,42 @@ def _second_order(problem: LayerProblem, compensation: str) -> torch.Tensor:
     return statistics.hessian - torch.outer(statistics.mean, statistics.mean)
 
 
-def _removal_orders(
+def _trace_batch(
     problems: Sequence[LayerProblem],
     second_order: Sequence[torch.Tensor],
     criterion: str,
     compensation: str,
     damping: float,
     generator: torch.Generator,
-) -> tuple[list[torch.Tensor], list[float]]:
-    """Return for each layer the groups from the first to go, and the damping in use."""
-    most = max(problem.remove for problem in problems)
-    if criterion == "obs" and most > 0:
+) -> list[RemovalCurve]:
+    if criterion == "obs":
         trajectory = prune_columns(
             torch.stack([p.weight.float() for p in problems]),
             torch.stack(list(second_order)),
             group_size=problems[0].layer.width,
-            count=most,
             damping=damping,
         )
-        return list(trajectory.order), trajectory.damping.tolist()
-    orders = [_saliency(problem, criterion, generator).argsort(stable=True) for problem in problems]
-    if compensation == "none":
-        return orders, [0.0] * len(problems)
-    used = cholesky_inverse(torch.stack(list(second_order)), damping=damping)[1]
-    return orders, used.tolist()
+        orders = list(trajectory.order.cpu())
+        if compensation != "none":
+            losses = trajectory.losses.cpu().numpy()
+            return [
+                RemovalCurve(order, loss, used)
+                for order, loss, used in zip(
+                    orders, losses, trajectory.damping.tolist(), strict=True
+                )
+            ]
+    else:
+        orders = [
+            _saliency(problem, criterion, generator).argsort(stable=True).cpu()
+            for problem in problems
+        ]
+    used = [0.0] * len(problems)
+    if compensation != "none":  # only for the damping that every matrix needs
+        used = cholesky_inverse(torch.stack(list(second_order)), damping=damping)[1].tolist()
+    return [
+        trace_along(problem, order, compensation, d)
+        for problem, order, d in zip(problems, orders, used, strict=True)
+    ]
 
 
 def _saliency(problem: LayerProblem, criterion: str, generator: torch.Generator) -> torch.Tensor:
@@ -130,16 +155,18 @@ def _saliency(problem: LayerProblem, criterion: str, generator: torch.Generator)
     return columns.reshape(groups, -1).sum(1)
 
 
-def _fit(
-    problem: LayerProblem,
-    kept: torch.Tensor,
-    second_order: torch.Tensor,
-    compensation: str,
-    damping: float,
+def fit_layer(
+    problem: LayerProblem, kept: torch.Tensor, compensation: str, damping: float
 ) -> LayerSolution:
-    """Fit the kept columns by least squares in float64, and measure what is lost."""
+    """Fit the kept groups by least squares in float64, and measure what is lost.
+
+    Args:
+        kept: sorted group indices.
+        compensation: `plain`, `affine` or `none`.
+        damping: that the choice was made with.
+    """
     weight = problem.weight.double()
-    hessian = second_order.double()
+    hessian = _second_order(problem, compensation).double()
     columns = problem.layer.columns(kept).to(weight.device)
     if len(kept) == problem.layer.groups:
         return LayerSolution(kept, problem.weight, problem.bias, 0.0, 0.0)

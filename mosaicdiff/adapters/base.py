@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -62,6 +64,32 @@ class Adapter(ABC):
         self, denoiser: Denoiser, batch_size: int, device: torch.device
     ) -> dict[str, Any]:
         """Make condition inputs of the right shapes, for timing."""
+
+    @abstractmethod
+    def watch_block(
+        self,
+        module: Denoiser,
+        name: str,
+        add: Callable[[str, torch.Tensor, torch.Tensor], None],
+    ) -> AbstractContextManager[Any]:
+        """Report, at each call of a block, what its layers and the block add to the stream.
+
+        Args:
+            module: the block.
+            name: of the block.
+            add: called with the name of a layer or block, the stream before it (..., C), and
+                what it adds.
+        """
+
+    @abstractmethod
+    def predict(
+        self,
+        denoiser: Denoiser,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        inputs: dict[str, Any],
+    ) -> torch.Tensor:
+        """Call the denoiser and return what the scheduler's `step` takes, shaped as latents."""
 
     @abstractmethod
     def macs(self, denoiser: Denoiser) -> Macs:

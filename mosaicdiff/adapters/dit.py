@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -63,6 +65,7 @@ class DiTAdapter(Adapter):
                     groups=denoiser.config.num_attention_heads,
                     width=width,
                     cost=tokens * width * 4 * attention.query_dim,
+                    products=2 * tokens**2 * width,
                 )
             )
             inner = feed_forward.net[2].in_features
@@ -144,6 +147,54 @@ class DiTAdapter(Adapter):
         self, denoiser: Denoiser, batch_size: int, device: torch.device
     ) -> dict[str, Any]:
         return {"class_labels": torch.zeros(batch_size, dtype=torch.long, device=device)}
+
+    def watch_block(
+        self,
+        module: Denoiser,
+        name: str,
+        add: Callable[[str, torch.Tensor, torch.Tensor], None],
+    ) -> ExitStack:
+        seen: dict[str, torch.Tensor] = {}
+
+        def enter(block: nn.Module, args: tuple) -> None:
+            seen["stream"] = args[0]
+
+        def gates(norm: nn.Module, args: tuple, output: tuple) -> None:
+            _, seen["gate_attn1"], _, _, seen["gate_ff"] = output
+
+        def layer(part: str) -> Callable[..., None]:
+            def leave(block: nn.Module, args: tuple, output: torch.Tensor) -> None:
+                change = seen[f"gate_{part}"][:, None] * output
+                add(f"{name}.{part}", seen["stream"], change)
+                seen[part] = change
+                seen["stream"] = seen["stream"] + change
+
+            return leave
+
+        def leave(block: nn.Module, args: tuple, output: torch.Tensor) -> None:
+            change = seen["attn1"] + seen["ff"]
+            add(name, output - change, change)
+
+        stack = ExitStack()
+        for handle in (
+            module.register_forward_pre_hook(enter),
+            module.norm1.register_forward_hook(gates),
+            module.attn1.register_forward_hook(layer("attn1")),
+            module.ff.register_forward_hook(layer("ff")),
+            module.register_forward_hook(leave),
+        ):
+            stack.callback(handle.remove)
+        return stack
+
+    def predict(
+        self,
+        denoiser: Denoiser,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        inputs: dict[str, Any],
+    ) -> torch.Tensor:
+        output = denoiser(latents, timestep=timesteps, **inputs).sample
+        return output[:, : latents.shape[1]]  # the rest, where there is one, is the variance
 
     def macs(self, denoiser: Denoiser) -> Macs:
         tokens = _tokens(denoiser)

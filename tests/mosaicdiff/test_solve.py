@@ -5,10 +5,13 @@ import torch
 
 from mosaicdiff.bank import HessianBank, Statistics
 from mosaicdiff.groups import PrunableLayer
-from mosaicdiff.solve import LayerProblem, solve_layers
+from mosaicdiff.solve import LayerProblem, fit_layer, trace_along, trace_layers
 
 
-def problem(groups=12, width=1, rows=10, remove=4, bias=True, tokens=400, seed=0, dead=()):
+REMOVE = 4
+
+
+def problem(groups=12, width=1, rows=10, bias=True, tokens=400, seed=0, dead=()):
     generator = torch.Generator().manual_seed(seed)
     n = groups * width
     mixing = torch.randn(n, n, generator=generator)
@@ -20,13 +23,14 @@ def problem(groups=12, width=1, rows=10, remove=4, bias=True, tokens=400, seed=0
     weight = torch.randn(rows, n, generator=generator)
     statistics = Statistics(hessian, mean, float(tokens))
     return x, LayerProblem(
-        layer, weight, torch.randn(rows, generator=generator) if bias else None, statistics, remove
+        layer, weight, torch.randn(rows, generator=generator) if bias else None, statistics
     )
 
 
-def solve(row, criterion="obs", compensation="plain", damping=1e-6, seed=0):
+def solve(row, criterion="obs", compensation="plain", damping=1e-6, seed=0, remove=REMOVE):
     generator = torch.Generator().manual_seed(seed)
-    return solve_layers([row], criterion, compensation, damping, generator)[0]
+    curve = trace_layers([row], criterion, compensation, damping, generator)[0]
+    return fit_layer(row, curve.kept(remove), compensation, curve.damping)
 
 
 def output_error(x, row, solution):
@@ -61,53 +65,75 @@ def test_plain_compensation_is_least_squares():
 
 
 def test_each_refinement_lowers_the_error():
-    x, row = problem(groups=40, remove=20, tokens=2000)
+    x, row = problem(groups=40, tokens=2000)
     errors = {
-        name: solve(row, *name).error
+        name: solve(row, *name, remove=20).error
         for name in [("magnitude", "none"), ("magnitude", "plain"), ("obs", "plain")]
     }
     assert errors["obs", "plain"] < errors["magnitude", "plain"] < errors["magnitude", "none"]
-    assert solve(row, "magnitude", "affine").error <= errors["magnitude", "plain"] + 1e-6
+    assert solve(row, "magnitude", "affine", remove=20).error <= errors["magnitude", "plain"] + 1e-6
 
 
 def test_nothing_to_remove_returns_the_layer_itself():
-    _, row = problem(remove=0)
-    solution = solve(row)
+    _, row = problem()
+    solution = solve(row, remove=0)
     assert solution.weight is row.weight and solution.error == 0.0
 
 
 def test_everything_removed_leaves_the_bias():
-    x, row = problem(remove=12)
-    plain, affine = solve(row), solve(row, compensation="affine")
+    x, row = problem()
+    plain, affine = solve(row, remove=12), solve(row, compensation="affine", remove=12)
     assert plain.weight.shape == (10, 0) and torch.equal(plain.bias, row.bias)
     shift = row.weight @ x.mean(0)
     torch.testing.assert_close(affine.bias, row.bias + shift, rtol=1e-4, atol=1e-5)
 
 
 def test_dead_groups_go_first_at_no_loss():
-    x, row = problem(remove=3, dead=(2, 7, 9))
-    solution = solve(row)
+    x, row = problem(dead=(2, 7, 9))
+    solution = solve(row, remove=3)
     assert set(range(12)) - set(solution.kept.tolist()) == {2, 7, 9}
     assert solution.error < 1e-10
 
 
 def test_random_depends_on_the_seed_only():
-    _, row = problem(groups=60, remove=30)
-    picks = [solve(row, "random", "none", seed=s).kept.tolist() for s in (1, 1, 2)]
+    _, row = problem(groups=60)
+    picks = [solve(row, "random", "none", seed=s, remove=30).kept.tolist() for s in (1, 1, 2)]
     assert picks[0] == picks[1] != picks[2]
 
 
 def test_layers_of_several_shapes_come_back_in_order():
-    rows = [problem(groups=g, remove=r)[1] for g, r in [(12, 4), (6, 1), (12, 2)]]
-    solved = solve_layers(rows, "obs", "plain", 0.01, torch.Generator())
-    assert [len(s.kept) for s in solved] == [8, 5, 10]
+    rows = [problem(groups=g, seed=g)[1] for g in (12, 6, 13, 12)]
+    curves = trace_layers(rows, "obs", "plain", 0.01, torch.Generator())
+    assert [len(c.order) for c in curves] == [12, 6, 13, 12]
+    alone = trace_layers(rows[2:3], "obs", "plain", 0.01, torch.Generator())[0]
+    assert torch.equal(curves[2].order, alone.order)
+
+
+@pytest.mark.parametrize("width", [1, 4])
+@pytest.mark.parametrize("compensation", ["plain", "affine", "none"])
+@pytest.mark.parametrize("criterion", ["obs", "magnitude", "random"])
+def test_a_curve_is_the_error_at_every_level(criterion, compensation, width):
+    x, row = problem(width=width, bias=False)
+    damping = 1e-9 if compensation != "none" else 0.0
+    curve = trace_layers([row], criterion, compensation, damping, torch.Generator())[0]
+    energy = (x.double() @ row.weight.double().T).square().sum(1).mean()
+    for level in (0, 1, 5, 11, 12):
+        solution = fit_layer(row, curve.kept(level), compensation, curve.damping)
+        assert curve.errors[level] / energy == pytest.approx(solution.error, rel=2e-3, abs=1e-7)
+
+
+def test_a_given_order_and_a_traced_one_agree():
+    _, row = problem(groups=30, tokens=2000)
+    curve = trace_layers([row], "obs", "plain", 0.01, torch.Generator())[0]
+    again = trace_along(row, curve.order, "plain", curve.damping)
+    assert again.losses == pytest.approx(curve.losses, rel=1e-3)
 
 
 def test_a_hopeless_hessian_names_the_layer():
     _, row = problem()
     zero = Statistics(torch.zeros(12, 12), torch.zeros(12), 1.0)
     with pytest.raises((ValueError, RuntimeError), match="0: r"):
-        solve(LayerProblem(row.layer, row.weight, row.bias, zero, 4))
+        solve(LayerProblem(row.layer, row.weight, row.bias, zero))
 
 
 def test_bank_equals_sums_by_hand():

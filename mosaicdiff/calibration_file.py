@@ -1,0 +1,205 @@
+"""Keep a calibration in one safetensors file, and refuse it for what it was not made for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .calibration import Calibration, PackedStatistics, packed_bytes
+from .config import PruneConfig
+from .curves import RemovalCurve
+from .files import current_umask
+from .groups import Denoiser, PrunableLayer
+from .stages import Division, Stage
+
+FORMAT_VERSION = 1
+#: Settings that the statistics depend on, and those that the traced curves depend on too.
+_MEASURED_WITH = ("samples", "seed", "null_share")
+TRACED_WITH = ("criterion", "compensation", "damping", "choice", "seed")
+
+
+def made_for(denoiser: Denoiser, scheduler: Any, config: PruneConfig) -> dict[str, Any]:
+    """Say what statistics depend on: the model, its schedule, and how they are drawn."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in sorted(denoiser.named_parameters()):
+        digest.update(name.encode())
+        raw = parameter.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(raw.numpy().data)
+    alphas = scheduler.alphas_cumprod.detach().cpu().double().numpy()
+    return {
+        "model": digest.hexdigest(),
+        "class": type(denoiser).__name__,
+        "dtype": str(next(denoiser.parameters()).dtype).removeprefix("torch."),
+        "schedule": hashlib.blake2b(alphas.tobytes(), digest_size=16).hexdigest(),
+        **{name: getattr(config, name) for name in _MEASURED_WITH},
+    }
+
+
+def check_made_for(calibration: Calibration, wanted: Mapping[str, Any]) -> None:
+    """Refuse a calibration of another model or schedule.
+
+    Raises:
+        ValueError: names what differs. How it was drawn may differ: it is what it is.
+    """
+    had = calibration.made_for
+    names = {
+        "class": "the denoiser's class",
+        "dtype": "the type of the weights",
+        "model": "the weights",
+        "schedule": "the noise schedule",
+    }
+    for key, name in names.items():
+        if had.get(key) != wanted[key]:
+            raise ValueError(
+                f"calibration: {name} must be those it was made for, got {wanted[key]} and not "
+                f"{had.get(key)}. Calibrate this model (mosaicdiff calibrate), or load the other."
+            )
+
+
+def save_calibration(calibration: Calibration, path: str | Path) -> int:
+    """Write a calibration; the file appears whole or not at all.
+
+    Returns:
+        Bytes written.
+    """
+    path = Path(path)
+    tensors: dict[str, torch.Tensor] = {}
+    for k, bin_ in enumerate(calibration.statistics):
+        for reader, packed in bin_.items():
+            tensors[f"hessian.{k}.{reader}"] = packed.hessian
+            tensors[f"mean.{k}.{reader}"] = packed.mean
+            tensors[f"weight.{k}.{reader}"] = torch.tensor(packed.weight, dtype=torch.float64)
+    for k, traced in enumerate(calibration.curves or ()):
+        for name, curve in traced.items():
+            tensors[f"order.{k}.{name}"] = curve.order.to(torch.int32)
+            tensors[f"losses.{k}.{name}"] = torch.from_numpy(curve.losses)
+            tensors[f"damping.{k}.{name}"] = torch.tensor(curve.damping, dtype=torch.float64)
+    description = {
+        "format_version": FORMAT_VERSION,
+        "stages": [asdict(stage) for stage in calibration.division.stages],
+        "boundaries": list(calibration.division.boundaries),
+        "steps": list(calibration.steps),
+        "layers": [asdict(layer) for layer in calibration.layers],
+        "power": calibration.power,
+        "made_for": dict(calibration.made_for),
+        "weights": calibration.weights,
+        "changes": calibration.changes,
+        "traced_with": dict(calibration.traced_with),
+    }
+    partial = path.with_name(path.name + ".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        save_file(tensors, partial, metadata={"mosaicdiff_calibration": json.dumps(description)})
+        partial.chmod(0o666 & ~current_umask())  # safetensors makes it readable to its owner alone
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return path.stat().st_size
+
+
+def stated_bytes(layers: tuple[PrunableLayer, ...], bins: int) -> int:
+    """Return about how large the file of so many bins will be."""
+    curves = sum(12 * layer.groups for layer in layers)
+    return packed_bytes(layers, bins) + bins * curves
+
+
+def load_calibration_file(path: str | Path) -> Calibration:
+    """Open what `save_calibration` wrote; the matrices are read when they are needed.
+
+    Raises:
+        ValueError: the file is missing, of another kind, or of another version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(
+            f"calibration: {path} must be a file that `mosaicdiff calibrate` wrote, "
+            "but there is none."
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("mosaicdiff_calibration")
+            names = set(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"calibration: {path} could not be read: {error}") from None
+    if text is None:
+        raise ValueError(
+            f"calibration: {path} must be written by `mosaicdiff calibrate`, but it holds none. "
+            "Clean latents are given as --calibration."
+        )
+    values = json.loads(text)
+    if values["format_version"] != FORMAT_VERSION:
+        raise ValueError(
+            f"calibration: format_version must be {FORMAT_VERSION}, got "
+            f"{values['format_version']} in {path}. Calibrate again with this mosaicdiff."
+        )
+    layers = tuple(
+        PrunableLayer(**{**row, "writers": tuple(row["writers"])}) for row in values["layers"]
+    )
+    count = len(values["stages"])
+    traced = bool(values["traced_with"])
+    return Calibration(
+        division=Division(
+            tuple(Stage(**stage) for stage in values["stages"]), tuple(values["boundaries"])
+        ),
+        steps=tuple(values["steps"]),
+        layers=layers,
+        power=values["power"],
+        statistics=[_FileBin(path, k, layers, names) for k in range(count)],
+        made_for=values["made_for"],
+        weights=values["weights"],
+        changes=values["changes"],
+        curves=[_read_curves(path, k, layers) for k in range(count)] if traced else None,
+        traced_with=values["traced_with"],
+    )
+
+
+def _read_curves(
+    path: Path, index: int, layers: tuple[PrunableLayer, ...]
+) -> dict[str, RemovalCurve]:
+    with safe_open(path, framework="pt") as file:
+        return {
+            layer.name: RemovalCurve(
+                file.get_tensor(f"order.{index}.{layer.name}").long(),
+                file.get_tensor(f"losses.{index}.{layer.name}").numpy(),
+                float(file.get_tensor(f"damping.{index}.{layer.name}")),
+            )
+            for layer in layers
+        }
+
+
+class _FileBin(Mapping[str, PackedStatistics]):
+    """The statistics of one bin, read from the file when asked for."""
+
+    def __init__(
+        self, path: Path, index: int, layers: tuple[PrunableLayer, ...], names: set[str]
+    ) -> None:
+        self._path, self._index = path, index
+        self._readers = [layer.reader for layer in layers]
+        for reader in self._readers:
+            if f"hessian.{index}.{reader}" not in names:
+                raise ValueError(
+                    f"calibration: {path} must hold the statistics of {reader}, but does not. "
+                    "Calibrate again."
+                )
+
+    def __getitem__(self, reader: str) -> PackedStatistics:
+        with safe_open(self._path, framework="pt") as file:
+            return PackedStatistics(
+                file.get_tensor(f"hessian.{self._index}.{reader}"),
+                file.get_tensor(f"mean.{self._index}.{reader}"),
+                float(file.get_tensor(f"weight.{self._index}.{reader}")),
+            )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._readers)
+
+    def __len__(self) -> int:
+        return len(self._readers)

@@ -1,0 +1,156 @@
+"""Choose the plan that a request asks for: by count, by measurement, or by search."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .allocation import Allocator
+from .budget import TOLERANCE, Budget
+from .calibration import Calibration
+from .fit import Fitter
+from .gather import Progress
+from .latency_budget import decide_by_latency
+from .planning import PrunePlan
+from .request import Job
+from .search.fitness import search_plan
+from .trajectory import Probe
+
+#: Prunings that a quality budget may measure.
+_MEASUREMENTS = 14
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A plan, and how it came about.
+
+    Args:
+        plan: what goes.
+        budget: that was asked for.
+        reached: in the budget's unit; None where shares were stated.
+        predicted_error: see `Allocator.error`.
+        measured: what was measured on the way.
+    """
+
+    plan: PrunePlan
+    budget: Budget
+    reached: float | None
+    predicted_error: float
+    measured: dict[str, Any] = field(default_factory=dict)
+
+
+def decide(
+    job: Job,
+    allocator: Allocator,
+    fitter: Fitter,
+    stages: Calibration,
+    tell: Progress,
+    search_state: Path | None = None,
+) -> Decision:
+    """Return the plan that meets the request's budget by its allocation.
+
+    Raises:
+        ValueError: the budget cannot be met; the message says what can be had.
+    """
+    config, budget = job.config, job.config.budget
+    if config.allocation == "explicit":
+        made = allocator.meet(budget)
+        return Decision(made, Budget("sparsity", made.sparsity), None, allocator.error(made))
+    if config.allocation == "evolutionary":
+        made, history = search_plan(
+            job, allocator, fitter, make_probe(job, "a search"), tell, search_state
+        )
+        reached = allocator.cost(budget.unit, made)
+        return Decision(made, budget, reached, allocator.error(made), {"search": history})
+    if budget.unit == "quality":
+        return _decide_by_quality(job, allocator, fitter, tell)
+    if budget.unit == "latency":
+        made, reached, measured = decide_by_latency(job, allocator, tell)
+        return Decision(made, budget, reached, allocator.error(made), measured)
+    made = allocator.meet(budget)
+    return Decision(made, budget, allocator.cost(budget.unit, made), allocator.error(made))
+
+
+def make_probe(job: Job, purpose: str) -> Probe:
+    """Set up the noises that measured errors are taken over."""
+    data = job.require_data(purpose)
+    config = job.config
+    return Probe(
+        job.denoiser, job.adapter, job.scheduler, data, steps=config.steps,
+        samples=config.probe_samples, seed=config.seed,
+    )  # fmt: skip
+
+
+def measured_error(probe: Probe, fitter: Fitter, plan: PrunePlan) -> float:
+    """Prune as planned, sample, and return the error of the final latents."""
+    networks = [fitter.network(k, row) for k, row in enumerate(plan.removed)]
+    return probe.error(probe.run(networks, plan.steps))
+
+
+def _decide_by_quality(job: Job, allocator: Allocator, fitter: Fitter, tell: Progress) -> Decision:
+    """Find the largest effort whose measured error stays under the bound.
+
+    Predicted errors are in units of the layers. Measured ones follow them nearly by a power law,
+    so each guess is read off the predicted curve by the last measurement.
+    """
+    bound, budget = job.config.budget.value, job.config.budget
+    probe = make_probe(job, "a quality budget")
+    plans = allocator.plans("quality")
+    rows: list[dict[str, float]] = []
+    low, high, found = 0.0, 1.0, None
+    effort, reached = 0.3, 0.0
+    for number in range(_MEASUREMENTS):
+        tell("measure errors", number, _MEASUREMENTS)
+        plan = plans(effort)
+        error = measured_error(probe, fitter, plan)
+        rows.append({"effort": effort, "sparsity": plan.sparsity, "error": error})
+        if not math.isfinite(error):
+            error = math.inf
+        if error <= bound:
+            low, found, reached = effort, plan, error
+            if error >= (1 - TOLERANCE) * bound or effort == 1.0:
+                break
+        else:
+            high = effort
+        guess = _next_effort(allocator, plans, plan, error, bound, low, high)
+        if abs(guess - effort) < 1e-5:
+            break
+        effort = guess
+    tell("measure errors", _MEASUREMENTS, _MEASUREMENTS)
+    if found is None or found.sparsity == 0:
+        least = min(rows, key=lambda row: row["effort"])
+        raise ValueError(
+            f"budget: quality {bound:g} must be more than what the least removal costs: at a "
+            f"sparsity of {least['sparsity']:.2%} the error is {least['error']:.3g}. Ask for more."
+        )
+    return Decision(found, budget, reached, allocator.error(found), {"errors": rows})
+
+
+def _next_effort(
+    allocator: Allocator,
+    plans: Any,
+    plan: PrunePlan,
+    error: float,
+    bound: float,
+    low: float,
+    high: float,
+) -> float:
+    """Return the effort whose predicted error is to the last as the bound is to its error."""
+    if high == 1.0 and low > 0 and error <= bound:
+        ceiling = 1.0
+    else:
+        ceiling = high - 0.02 * (high - low)
+    floor = low + 0.02 * (high - low)
+    if not math.isfinite(error) or error <= 0:
+        return (low + high) / 2
+    wanted = allocator.error(plan) * bound / error
+    first, last = floor, ceiling
+    for _ in range(30):
+        middle = (first + last) / 2
+        if allocator.error(plans(middle)) < wanted:
+            first = middle
+        else:
+            last = middle
+    return last if last >= ceiling - 1e-6 else (first + last) / 2

@@ -1,0 +1,176 @@
+"""Calibrate a request: statistics of every reader in every stage, and the curves from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from .calibrate import CalibrationSet, collect_statistics
+from .calibration import Calibration, PackedStatistics
+from .calibration_file import TRACED_WITH, made_for
+from .config import PruneConfig
+from .curves import RemovalCurve
+from .depth import measure_changes
+from .request import Job
+from .sensitivity import measure_weights
+from .solve import LayerProblem, trace_along, trace_layers
+from .stages import Division
+
+#: Called with (what is being done, how much is done, how much there is).
+Progress = Callable[[str, int, int], None]
+
+
+def gather(job: Job, tell: Progress) -> Calibration:
+    """Run the dense denoiser over the calibration set, bin after bin."""
+    data = job.require_data("calibration")
+    bins = job.frame.division.stages
+    total, done = len(bins) * job.config.samples, 0
+    statistics: list[dict[str, PackedStatistics]] = []
+    training = job.denoiser.training
+    job.denoiser.eval()
+    try:
+        for bin_ in bins:
+
+            def advance(rows: int, name: str = bin_.name) -> None:
+                nonlocal done
+                done += rows
+                tell(f"calibrate {name}", done, total)
+
+            bank = collect_statistics(
+                job.denoiser, job.adapter, job.layers, bin_, job.frame.schedule, data,
+                job.config, advance,
+            )  # fmt: skip
+            statistics.append(
+                {
+                    layer.reader: PackedStatistics.pack(bank.finalize(layer.reader))
+                    for layer in job.layers
+                }
+            )
+        measured = Calibration(
+            division=job.frame.division,
+            steps=job.frame.steps,
+            layers=job.layers,
+            power=data.power,
+            statistics=statistics,
+            made_for=made_for(job.denoiser, job.scheduler, job.config),
+        )
+        return with_extras(job, measured, data)
+    finally:
+        job.denoiser.train(training)
+
+
+def with_extras(job: Job, measured: Calibration, data: CalibrationSet) -> Calibration:
+    """Add what only some allocations need: sensitivities, and what dropping blocks changes."""
+    config, frame = job.config, job.frame
+    arguments = (
+        job.denoiser, job.adapter, job.layers, frame.division.stages, frame.schedule, data, config,
+    )  # fmt: skip
+    if config.weighting != "raw":
+        measured = replace(measured, weights=measure_weights(*arguments))
+    if config.granularity != "width" and config.depth_rank != "curve":
+        measured = replace(measured, changes=measure_changes(*arguments))
+    return measured
+
+
+def fit_to_frame(
+    measured: Calibration, division: Division, bin_steps: Sequence[int]
+) -> Calibration:
+    """Join the bins of a calibration into the stages of a division.
+
+    Args:
+        bin_steps: sampling steps of each bin under the plan at hand.
+
+    Raises:
+        ValueError: a boundary of the division is not one between bins.
+    """
+    edges = [stage.first for stage in measured.division.stages]
+    wanted = [stage.first for stage in division.stages]
+    if not set(wanted) <= set(edges):
+        had = ",".join(str(edge) for edge in sorted(edges)[1:])
+        missing = ",".join(str(edge) for edge in sorted(set(wanted) - set(edges)))
+        raise ValueError(
+            f"calibration: stages must be parted at timesteps where it was ({had or 'none'}), "
+            f"but {missing} is asked for. Use --stages with some of those, --stages auto, or "
+            "calibrate again."
+        )
+    groups = [
+        [k for k, edge in enumerate(edges) if stage.first <= edge <= stage.last]
+        for stage in division.stages
+    ]
+    return replace(measured, steps=tuple(bin_steps)).merged(groups, division)
+
+
+def problem_of(job: Job, measured: Calibration, stage: int, index: int) -> LayerProblem:
+    """Set up one layer of one stage, its statistics on the denoiser's device."""
+    layer = job.layers[index]
+    reader = job.denoiser.get_submodule(layer.reader)
+    bias = None if reader.bias is None else reader.bias.detach()
+    statistics = measured.statistics[stage][layer.reader].unpack(reader.weight.device)
+    return LayerProblem(layer, reader.weight.detach(), bias, statistics)
+
+
+def traced_settings(config: PruneConfig) -> dict[str, object]:
+    """Return the settings that curves depend on."""
+    return {name: getattr(config, name) for name in TRACED_WITH}
+
+
+def trace(job: Job, measured: Calibration, tell: Progress) -> Calibration:
+    """Add to a calibration the removal curve of every layer of every stage, where it has none."""
+    config = job.config
+    if measured.curves is not None and measured.traced_with == traced_settings(config):
+        return measured
+    generator = torch.Generator().manual_seed(config.seed)
+    stages = range(len(measured.division))
+    orders = None if config.choice == "separate" else _pooled_orders(job, measured, generator)
+    curves: list[dict[str, RemovalCurve]] = []
+    for k in stages:
+        tell(f"trace {measured.division.stages[k].name}", k, len(stages))
+        curves.append(_trace_stage(job, measured, k, orders, generator))
+    tell("trace", len(stages), len(stages))
+    return replace(measured, curves=curves, traced_with=traced_settings(config))
+
+
+def _trace_stage(
+    job: Job,
+    measured: Calibration,
+    stage: int,
+    orders: Mapping[str, RemovalCurve] | None,
+    generator: torch.Generator,
+) -> dict[str, RemovalCurve]:
+    config = job.config
+    indices = range(len(job.layers))
+    if orders is None:
+        problems = [problem_of(job, measured, stage, i) for i in indices]
+        traced = trace_layers(
+            problems, config.criterion, config.compensation, config.damping, generator
+        )
+    else:
+        traced = [
+            trace_along(
+                problem_of(job, measured, stage, i),
+                orders[job.layers[i].name].order,
+                config.compensation,
+                orders[job.layers[i].name].damping,
+            )
+            for i in indices
+        ]
+    return {layer.name: curve for layer, curve in zip(job.layers, traced, strict=True)}
+
+
+def _pooled_orders(
+    job: Job, measured: Calibration, generator: torch.Generator
+) -> dict[str, RemovalCurve]:
+    """Order the groups of every layer once for all stages, by H of the whole trajectory."""
+    problems = []
+    for layer in job.layers:
+        reader = job.denoiser.get_submodule(layer.reader)
+        statistics = measured.pooled(layer.reader, reader.weight.device)
+        bias = None if reader.bias is None else reader.bias.detach()
+        problems.append(LayerProblem(layer, reader.weight.detach(), bias, statistics))
+    config = job.config
+    traced = trace_layers(
+        problems, config.criterion, config.compensation, config.damping, generator
+    )
+    return {layer.name: curve for layer, curve in zip(job.layers, traced, strict=True)}

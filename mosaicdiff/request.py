@@ -1,0 +1,164 @@
+"""From what the user hands over to a checked request, before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from .adapters import Adapter, adapter_for
+from .calibrate import Batch, CalibrationSet
+from .calibration import Calibration
+from .calibration_file import check_made_for, load_calibration_file, made_for
+from .config import PruneConfig
+from .costs import CostModel, layer_sizes
+from .groups import Denoiser, PrunableLayer
+from .items import check_patterns
+from .planning import Frame, effort_bounds, make_frame, share_plan
+from .runtime import StagedDenoiser
+from .sources import DIGITS, find_denoiser, load_calibration, source_name
+
+#: What clean latents may be handed over as.
+CalibrationSource = str | Path | Iterable[Batch] | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """A checked request: everything that can be refused has been looked at.
+
+    Args:
+        denoiser: the dense one.
+        adapter: of the denoiser.
+        scheduler: that says how noisy each timestep is.
+        layers: what may be removed.
+        frame: the stages, or bins where the stages come from the data.
+        config: the request.
+        costs: what plans cost; without latencies.
+        data: clean latents with their conditions; None where a calibration was given and
+            nothing needs them.
+        measured: a calibration made before.
+        pipeline: whose denoiser it is, and
+        component: under which name.
+    """
+
+    denoiser: Denoiser
+    adapter: Adapter
+    scheduler: Any
+    layers: tuple[PrunableLayer, ...]
+    frame: Frame
+    config: PruneConfig
+    costs: CostModel
+    data: CalibrationSet | None
+    measured: Calibration | None
+    pipeline: DiffusionPipeline | None
+    component: str | None
+
+    def require_data(self, purpose: str) -> CalibrationSet:
+        """Return the clean latents.
+
+        Raises:
+            ValueError: there are none; the message says what needs them.
+        """
+        if self.data is None:
+            raise ValueError(
+                f"prune: calibration must be given for {purpose}, got None: the file of "
+                "statistics does not hold the conditions to sample with. Name the latents too."
+            )
+        return self.data
+
+
+def prepare(
+    model: DiffusionPipeline | Denoiser,
+    config: PruneConfig,
+    scheduler: Any,
+    calibration: CalibrationSource,
+    measured: Calibration | str | Path | None = None,
+) -> Job:
+    """Check a request; see `pipeline.prune` for the arguments and errors."""
+    pipeline = model if isinstance(model, DiffusionPipeline) else None
+    component, denoiser = find_denoiser(pipeline) if pipeline is not None else (None, model)
+    if isinstance(denoiser, StagedDenoiser):
+        raise ValueError(
+            "prune: model must be dense, but it is pruned already. Prune the original instead."
+        )
+    adapter = adapter_for(denoiser)
+    adapter.check(denoiser)
+    if scheduler is None:
+        scheduler = getattr(pipeline, "scheduler", None)
+    if scheduler is None:
+        raise ValueError(
+            "prune: scheduler must be given with a bare denoiser, got None. "
+            "It says how noisy each timestep is."
+        )
+    layers = adapter.layers(denoiser)
+    # Refuse what no calibration could save before reading it; the power of its latents comes later.
+    check_patterns(layers, config)
+    _check_reach(layers, make_frame(scheduler, config), config, denoiser, adapter)
+    if measured is not None:
+        if isinstance(measured, (str, Path)):
+            measured = load_calibration_file(measured)
+        check_made_for(measured, made_for(denoiser, scheduler, config))
+    data = _read_data(calibration, pipeline, adapter, denoiser, measured is not None)
+    power = measured.power if measured is not None else data.power if data is not None else 1.0
+    frame = make_frame(scheduler, config, power)
+    costs = _check_reach(layers, frame, config, denoiser, adapter)
+    return Job(
+        denoiser, adapter, scheduler, layers, frame, config, costs, data, measured, pipeline,
+        component,
+    )  # fmt: skip
+
+
+def _read_data(
+    calibration: CalibrationSource,
+    pipeline: DiffusionPipeline | None,
+    adapter: Adapter,
+    denoiser: Denoiser,
+    optional: bool,
+) -> CalibrationSet | None:
+    if calibration is None and optional and source_name(pipeline) != DIGITS:
+        return None
+    if calibration is None or isinstance(calibration, (str, Path)):
+        if pipeline is None:
+            raise ValueError(
+                "prune: calibration must be batches of (latents, inputs) with a bare denoiser, "
+                f"got {calibration!r}."
+            )
+        calibration = load_calibration(calibration, pipeline)
+    return CalibrationSet(calibration, adapter, denoiser)
+
+
+def _check_reach(
+    layers: tuple[PrunableLayer, ...],
+    frame: Frame,
+    config: PruneConfig,
+    denoiser: Denoiser,
+    adapter: Adapter,
+) -> CostModel:
+    """Refuse a budget that even removing all that may go does not meet."""
+    parameter = next(denoiser.parameters())
+    costs = CostModel(
+        layers,
+        frame.steps,
+        layer_sizes(denoiser, layers),
+        adapter.macs(denoiser),
+        sum(p.numel() for p in denoiser.parameters()),
+        parameter.element_size(),
+        file_overhead=file_overhead(denoiser, len(frame.steps)),
+        bias_per_stage=config.compensation == "affine",
+    )
+    if config.allocation == "explicit":
+        share_plan(layers, frame, config, 0.0)
+    else:
+        effort_bounds(layers, frame, config, costs)
+    return costs
+
+
+def file_overhead(denoiser: Denoiser, stages: int) -> int:
+    """Return about how many bytes the header of a staged weights file takes."""
+    names = sum(len(name) for name, _ in denoiser.named_parameters())
+    count = sum(1 for _ in denoiser.parameters())
+    # Each entry says name, type, shape and place; pruned layers are there once a stage.
+    return (names + 90 * count) * (1 + stages) // 2
