@@ -15,7 +15,7 @@ from .search_config import SearchConfig
 CRITERIA = ("obs", "magnitude", "wanda", "random")
 COMPENSATIONS = ("plain", "affine", "none")
 ALLOCATIONS = ("score", "uniform", "optimal", "evolutionary", "explicit")
-WEIGHTINGS = ("raw", "sensitivity")
+WEIGHTINGS = ("raw", "sensitivity", "trajectory")
 CHOICES = ("separate", "nested", "shared")
 GRANULARITIES = ("width", "layers", "blocks")
 DEPTH_RANKS = ("curve", "error", "cosine")
@@ -66,8 +66,9 @@ class PruneConfig:
         null_share: share of the calibration samples that carry the null condition, in [0, 1].
         damping: added to the Hessian's diagonal, relative to its mean.
         round_to: kept FFN neurons are a multiple of this (or all of them).
-        weighting: of the layers' errors in `optimal`: `raw`, or by how much the denoiser's
-            output depends on the layer's (`sensitivity`).
+        weighting: of the layers' errors in `optimal`: `raw`, by how much the denoiser's output
+            depends on the layer's (`sensitivity`), or that times how much the final latents
+            depend on the stage's outputs (`trajectory`).
         choice: `separate` groups in every stage; `nested`: a stage that keeps fewer keeps some
             of those that others keep; `shared`: the same groups in all stages, refitted for
             each. The last two store less. Not with the criterion `random`.
@@ -79,6 +80,8 @@ class PruneConfig:
         least_neurons: that every FFN of every stage keeps.
         keep: patterns (`*` and `?`) of names of layers that are left whole.
         latency_batch: rows of a call for a latency budget.
+        latency_table: file of layer timings to use instead of this device's own, which are
+            measured once and kept in the user's cache.
         probe_samples: samples that measured errors are taken over (`quality`, search, sweep).
         search: of `allocation="evolutionary"`.
 
@@ -119,6 +122,7 @@ class PruneConfig:
     least_neurons: int = 0
     keep: tuple[str, ...] = ()
     latency_batch: int = 1
+    latency_table: str | None = None
     probe_samples: int = 32
     search: SearchConfig = SearchConfig()
 

@@ -14,9 +14,10 @@ from .config import PruneConfig
 from .curves import RemovalCurve
 from .depth import measure_changes
 from .request import Job
-from .sensitivity import measure_weights
+from .sensitivity import measure_weights, stage_gains
 from .solve import LayerProblem, trace_along, trace_layers
 from .stages import Division
+from .trajectory import Probe
 
 #: Called with (what is being done, how much is done, how much there is).
 Progress = Callable[[str, int, int], None]
@@ -68,10 +69,25 @@ def with_extras(job: Job, measured: Calibration, data: CalibrationSet) -> Calibr
         job.denoiser, job.adapter, job.layers, frame.division.stages, frame.schedule, data, config,
     )  # fmt: skip
     if config.weighting != "raw":
-        measured = replace(measured, weights=measure_weights(*arguments))
+        measured = replace(measured, weights=_weights(job, arguments, data))
     if config.granularity != "width" and config.depth_rank != "curve":
         measured = replace(measured, changes=measure_changes(*arguments))
     return measured
+
+
+def _weights(job: Job, arguments: tuple, data: CalibrationSet) -> list[dict[str, float]]:
+    weights = measure_weights(*arguments)
+    if job.config.weighting == "sensitivity":
+        return weights
+    probe = Probe(
+        job.denoiser, job.adapter, job.scheduler, data, steps=job.config.steps,
+        samples=job.config.probe_samples, seed=job.config.seed,
+    )  # fmt: skip
+    gains = stage_gains(probe, job.denoiser, job.frame.steps)
+    return [
+        {name: gain * weight for name, weight in row.items()}
+        for gain, row in zip(gains, weights, strict=True)
+    ]
 
 
 def fit_to_frame(

@@ -302,7 +302,8 @@ def latency_table(
         advance: called after each round of a measurement.
 
     Raises:
-        ValueError: the cache cannot be written, or `measure_table` refuses.
+        ValueError: the cache cannot be written or holds a damaged file, or `measure_table`
+            refuses.
     """
     if cache is None:
         return measure_table(denoiser, adapter, batch_size=batch_size, advance=advance)
@@ -310,12 +311,9 @@ def latency_table(
     key = json.dumps([_LAYOUT, _conditions(denoiser, batch_size)])
     path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
     if path.exists() and not refresh:
-        try:
-            table = LatencyTable.load(path)
-            table.check(denoiser, batch_size)
-            return table
-        except ValueError:
-            pass  # A damaged file: measure what it should have held.
+        table = LatencyTable.load(path)
+        table.check(denoiser, batch_size)
+        return table
     _make_writable(folder)
     table = measure_table(denoiser, adapter, batch_size=batch_size, advance=advance)
     table.save(path)

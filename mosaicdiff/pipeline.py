@@ -21,6 +21,7 @@ from .decide import Decision, decide
 from .fit import Fitter, Solutions, assemble, last_groups_removed
 from .gather import Progress, gather, trace
 from .groups import Denoiser
+from .latency_budget import with_latencies
 from .planning import PrunePlan, make_frame, share_plan
 from .report import DecisionReport, LayerReport, PruneReport, StageReport
 from .request import CalibrationSource, Job, prepare
@@ -55,7 +56,7 @@ def plan(
     """
     job = prepare(model, config or PruneConfig(), scheduler, calibration, measured)
     if job.measured is not None:
-        return decide(job, *_allocator(job, job.measured, _silent), _silent).plan
+        return decide(job, *make_allocator(job, job.measured, _silent), _silent).plan
     unit = job.config.budget.unit
     if job.config.allocation not in ("score", "uniform", "explicit") or unit != "sparsity":
         raise ValueError(
@@ -102,8 +103,10 @@ def prune(
     started = time.perf_counter()
     job = prepare(model, config or PruneConfig(), scheduler, calibration, measured)
     tell = progress or _silent
+    if job.config.budget.unit == "latency":
+        job = with_latencies(job, tell)
     given = job.measured if job.measured is not None else gather(job, tell)
-    allocator, fitter, stages = _allocator(job, given, tell)
+    allocator, fitter, stages = make_allocator(job, given, tell)
     decision = decide(
         job, allocator, fitter, stages, tell, None if search_state is None else Path(search_state)
     )
@@ -165,7 +168,7 @@ def _silent(what: str, done: int, total: int) -> None:
     pass
 
 
-def _allocator(
+def make_allocator(
     job: Job, given: Calibration, tell: Progress
 ) -> tuple[Allocator, Fitter, Calibration]:
     """Settle the stages, trace the curves, and set up what makes plans and what fits them."""

@@ -173,7 +173,7 @@ def effort_bounds(
         ValueError: the message says what can be had.
     """
     budget = config.budget
-    if budget.unit in ("latency", "quality"):
+    if budget.unit == "quality" or (budget.unit == "latency" and costs.call_ms is None):
         return  # only a measurement tells
     by_share = config.allocation in ("score", "uniform")
     if by_share and budget.unit == "sparsity":

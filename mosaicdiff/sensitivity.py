@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,10 @@ from .config import PruneConfig
 from .groups import PrunableLayer
 from .schedule import NoiseSchedule
 from .stages import Stage
+from .trajectory import Probe
 
+#: Of the noise that `stage_gains` adds to outputs of unit variance.
+_AMPLITUDE = 0.02
 #: Samples of a stage that its gradients are taken over, at most.
 _SAMPLES = 64
 
@@ -58,6 +62,38 @@ def measure_weights(
                     counts[name] += gradient.numel()
         weights.append({name: sums[name] / max(1, counts[name]) for name in sums})
     return weights
+
+
+def stage_gains(probe: Probe, denoiser: nn.Module, steps: Sequence[int]) -> list[float]:
+    """Return, for each stage, how much noise in its outputs tells in the final latents.
+
+    White noise of a small amplitude is added to the dense denoiser's output at the stage's
+    steps; the gain is the error of the final latents (`Probe.error`), for one step, over the
+    square of the amplitude. One sampling run a stage.
+
+    Source: ours.
+    """
+    gains = []
+    for stage, count in enumerate(steps):
+        state = probe.start()
+        for k, span in enumerate(steps):
+            network: Any = _Noisy(denoiser, stage) if k == stage else denoiser
+            state = probe.advance(state, network, span)
+        gains.append(probe.error(state) / _AMPLITUDE**2 / count)
+    return gains
+
+
+class _Noisy:
+    """A denoiser whose output carries white noise of a fixed seed."""
+
+    def __init__(self, denoiser: nn.Module, seed: int) -> None:
+        self._denoiser, self._generator = denoiser, torch.Generator().manual_seed(seed)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self._denoiser(*args, **kwargs)
+        noise = torch.randn(output.sample.shape, generator=self._generator)
+        output.sample = output.sample + _AMPLITUDE * noise.to(output.sample)
+        return output
 
 
 def _run_with_gradient(

@@ -11,10 +11,13 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("mosaic_kernels", "mosaicdiff")
 #: The parts of mosaicdiff that touch diffusers; mathematics takes tensors and numbers.
 KNOW_DIFFUSERS = (
-    "adapters", "checkpoint.py", "evaluate", "integration.py", "pipeline.py", "runtime.py",
-    "sources.py", "cli",
+    "adapters", "checkpoint.py", "evaluate", "integration.py", "pipeline.py", "request.py",
+    "runtime.py", "sources.py", "sweeping.py", "cli",
 )  # fmt: skip
-MATHEMATICS = ("allocate.py", "schedule.py", "stages.py", "planning.py", "groups.py")
+MATHEMATICS = (
+    "allocate.py", "budget.py", "costs.py", "curves.py", "groups.py", "items.py", "optimal.py",
+    "planning.py", "schedule.py", "stages.py",
+)  # fmt: skip
 #: Longer than 400 lines, with the reason.
 LONG_FILES: dict[str, str] = {}
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import click
 
 from .bench import bench
+from .calibrate import calibrate
 from .doctor import doctor
 from .evaluate import evaluate
 from .generate import generate
 from .info import info
 from .prune import prune
 from .stages import stages
+from .sweep import sweep
 
 
 @click.group(
@@ -22,7 +24,7 @@ def main() -> None:
     """Prune diffusion models stage by stage, without retraining, and sample them faster."""
 
 
-for _command in (stages, prune, generate, evaluate, bench, info, doctor):
+for _command in (stages, calibrate, prune, sweep, generate, evaluate, bench, info, doctor):
     main.add_command(_command)
 
 __all__ = ["main"]

@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -98,6 +99,16 @@ def check_positive(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
+
+
+def check_calibration(source: str | None) -> None:
+    """Refuse a calibration source that is not there, before a model is loaded.
+
+    Raises:
+        ValueError: there is no such file or folder.
+    """
+    if source is not None and not Path(source).exists():
+        raise ValueError(f"calibration: {source} must be a folder or a file, but there is none.")
 
 
 def console() -> Console:

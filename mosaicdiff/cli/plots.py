@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,6 +14,9 @@ from ..calibrate import add_noise
 from ..groups import Denoiser
 from ..schedule import NoiseSchedule
 from ..stages import Division
+
+if TYPE_CHECKING:
+    from ..sweeping import FrontPoint
 
 _COLOURS = ("#4C72B0", "#DD8452", "#55A868", "#8172B3")
 _FORMATS = {".png", ".svg", ".pdf", ".jpg"}
@@ -141,3 +145,24 @@ def write_comparison_grid(
         axis.set_title(titles[name], fontsize=10)
         axis.axis("off")
     figure.savefig(path, dpi=110)
+
+
+def draw_front(path: Path, points: Sequence[FrontPoint]) -> None:
+    """Draw error against MACs, one line an allocation."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
+    axis = figure.subplots()
+    measured = points[0].measured_error is not None
+    for name in dict.fromkeys(point.allocation for point in points):
+        rows = sorted((p for p in points if p.allocation == name), key=lambda p: p.macs)
+        errors = [p.predicted_error if p.measured_error is None else p.measured_error for p in rows]
+        axis.plot([100 / p.macs_ratio for p in rows], errors, "o-", label=name)
+    axis.set_yscale("log")
+    axis.set_xlabel("MACs an image, % of the dense model's")
+    axis.set_ylabel(
+        "squared error of final latents / energy" if measured else "predicted error (of layers)"
+    )
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(path, dpi=130)

@@ -71,7 +71,16 @@ def test_equal_remainders_are_spread_through_the_depth():
 @pytest.mark.parametrize("multiple", [8, 64, 100])
 def test_kept_neurons_are_a_multiple(multiple):
     rows = layers(4, 6, 768)
-    counts = layer_counts(rows, [0.37] * len(rows), [sorted({0, *(row.groups - k for k in range(0, row.groups + 1, multiple))}) if row.kind == 'neurons' else range(row.groups + 1) for row in rows])
+    counts = layer_counts(
+        rows,
+        [0.37] * len(rows),
+        [
+            sorted({0, *(row.groups - k for k in range(0, row.groups + 1, multiple))})
+            if row.kind == "neurons"
+            else range(row.groups + 1)
+            for row in rows
+        ],
+    )
     for row, count in zip(rows, counts, strict=True):
         if row.kind == "neurons":
             kept = row.groups - count

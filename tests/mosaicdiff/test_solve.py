@@ -7,7 +7,6 @@ from mosaicdiff.bank import HessianBank, Statistics
 from mosaicdiff.groups import PrunableLayer
 from mosaicdiff.solve import LayerProblem, fit_layer, trace_along, trace_layers
 
-
 REMOVE = 4
 
 

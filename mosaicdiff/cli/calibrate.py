@@ -1,0 +1,92 @@
+"""`mosaicdiff calibrate`: measure once what every budget needs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .common import (
+    check_calibration,
+    console,
+    device_option,
+    dtype_option,
+    examples,
+    guarded,
+    human_bytes,
+    json_option,
+    pick_device,
+    pick_dtype,
+    print_json,
+    progress_bar,
+)
+from .request_options import calibration_options, read_config
+
+
+@click.command(
+    epilog=examples(
+        "mosaicdiff calibrate digits --output digits.cal",
+        "mosaicdiff calibrate digits --output digits.cal --stages auto --bins 10",
+        "mosaicdiff prune digits --from digits.cal --output out/digits-40 --sparsity 40%",
+    )
+)
+@click.argument("model")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="New file.")
+@calibration_options
+@device_option
+@dtype_option
+@click.option("--overwrite", is_flag=True, help="Replace a file that is there.")
+@click.option("--dry-run", is_flag=True, help="Print how large the file would be; write nothing.")
+@json_option
+@click.pass_context
+@guarded
+def calibrate(context: click.Context, as_json: bool, **options: Any) -> None:
+    """Run MODEL over calibration samples and keep in --output all that pruning needs.
+
+    `mosaicdiff prune --from` and `sweep --from` then make any budget without running it again.
+    With --stages auto the bins are kept, and any stages made of whole bins can be asked for.
+    """
+    config = read_config(context, options)
+    output: Path = options["output"]
+    if output.is_dir():
+        raise ValueError(f"--output must be a file, but {output} is a folder.")
+    if output.exists() and not options["overwrite"]:
+        raise ValueError(f"--output must be new, but {output} exists. Pass --overwrite.")
+    check_calibration(options["calibration"])
+    device = pick_device(options["device"])
+    dtype = pick_dtype(options["dtype"], device)
+    from ..calibration_file import save_calibration, stated_bytes
+    from ..pipeline import calibrate as run
+    from ..request import prepare
+    from ..sources import load_pipeline
+
+    pipe = load_pipeline(options["model"], dtype, device)
+    job = prepare(pipe, config, None, options["calibration"])
+    stated = stated_bytes(job.layers, len(job.frame.division))
+    values = {
+        "output": str(output),
+        "bins": [stage.first for stage in job.frame.division.stages],
+        "stated_bytes": stated,
+        "config": config.to_dict(),
+    }
+    if not as_json:
+        console().print(
+            f"{len(job.frame.division)} stages or bins of {len(job.layers)} layers: about "
+            f"{human_bytes(stated)}",
+            highlight=False,
+        )
+    if not options["dry_run"]:
+        with progress_bar() as bar:
+            task = bar.add_task("prepare", total=None)
+
+            def tell(what: str, done: int, total: int) -> None:
+                bar.update(task, description=what, completed=done, total=total)
+
+            measured = run(pipe, config, calibration=options["calibration"], progress=tell)
+        written = save_calibration(measured, output)
+        values["bytes"] = written
+    if as_json:
+        print_json(values)
+    elif not options["dry_run"]:
+        console().print(f"wrote {output}, {human_bytes(written)}", highlight=False)

@@ -1,0 +1,243 @@
+"""The options that say how to prune, shared by `prune`, `calibrate` and `sweep`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from ..budget import UNITS
+from ..config import (
+    ALLOCATIONS,
+    CHOICES,
+    COMPENSATIONS,
+    CRITERIA,
+    DEPTH_RANKS,
+    GRANULARITIES,
+    WEIGHTINGS,
+    PruneConfig,
+)
+from ..search_config import FITNESSES, GENES, STARTS, SearchConfig
+
+_DEFAULTS = PruneConfig()
+_SEARCH = SearchConfig()
+_NAMED = ALLOCATIONS[:-1]
+
+#: Fields of PruneConfig whose options have their names and need no reading.
+_FIELDS = (
+    "weighting", "choice", "granularity", "depth_rank", "least_heads", "least_neurons",
+    "latency_batch", "latency_table", "bins", "max_stages", "probe_samples", "criterion",
+    "compensation", "samples", "seed", "steps", "threshold", "snr_weight", "max_sparsity",
+    "null_share", "damping", "round_to", "batch_size",
+)  # fmt: skip
+_SEARCH_FIELDS = {
+    "search_genes": "genes", "search_within": "within", "fitness": "fitness",
+    "generations": "generations", "population": "population", "offspring": "offspring",
+    "survivors": "survivors",
+}  # fmt: skip
+
+Command = Callable[..., Any]
+
+
+def _options(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+def _number(name: str, text: str) -> Callable[[Command], Command]:
+    field = name.removeprefix("--").replace("-", "_")
+    return click.option(name, default=getattr(_DEFAULTS, field), show_default=True, help=text)
+
+
+def _choice(name: str, choices: tuple[str, ...], text: str) -> Callable[[Command], Command]:
+    field = name.removeprefix("--").replace("-", "_")
+    return click.option(
+        name, type=click.Choice(choices), default=getattr(_DEFAULTS, field), show_default=True,
+        help=text,
+    )  # fmt: skip
+
+
+budget_options = _options(
+    click.option(
+        "--sparsity",
+        help="Budget: share of the prunable MACs to remove, mean over the sampling steps: 0.3 or "
+        "30%.  [default: 30%]",
+    ),
+    click.option("--macs", help="Budget: of one image, all steps: 0.6x of the dense, or 3.9T."),
+    click.option("--params", help="Budget: in the checkpoint, all stages: 0.8x, or 450M."),
+    click.option("--size", help="Budget: of the weights file: 0.8x, or 1.2GB."),
+    click.option("--latency", help="Budget: of a call on this device: 0.7x, or 25ms."),
+    click.option(
+        "--quality",
+        help="Budget: prune as far as the squared error of the final latents, over their energy, "
+        "stays under this: 0.01.",
+    ),
+)
+
+calibration_options = _options(
+    click.option(
+        "--stages",
+        help="3 (early, middle, late), another number (equal steps; 1 is one network), auto (from "
+        "the data), or timesteps that part them: 104,570.  [default: 3; 10 for evolutionary]",
+    ),
+    _number("--bins", "Of --stages auto: runs of steps whose edges may part stages."),
+    click.option(
+        "--calibration",
+        help="Folder of images by class, .npz or .safetensors of latents "
+        "and labels; digits needs none.",
+    ),
+    _number("--samples", "Calibration samples for each stage (or bin)."),
+    _number("--batch-size", "Calibration samples at once."),
+    _number("--seed", "Of all that is drawn."),
+    _number("--steps", "Sampling steps that the plan is made for."),
+    _number("--threshold", "M: the middle stage is where the score is so much of its largest."),
+    _number("--snr-weight", "lambda: weight of ln SNR in the score."),
+    _number("--null-share", "Share of calibration samples with the null condition."),
+    _choice("--criterion", CRITERIA, "What is worth keeping: second order, or a baseline."),
+    _choice(
+        "--compensation", COMPENSATIONS, "Refit by least squares, with a new bias too, or not."
+    ),
+    _number("--damping", "Relative to the mean of the Hessian's diagonal."),
+    _choice("--choice", CHOICES, "Groups kept in the stages: their own, nested, or the same."),
+    _choice("--weighting", WEIGHTINGS, "Of the layers' errors in optimal."),
+    _choice("--granularity", GRANULARITIES, "What goes at once: heads and neurons, or whole ..."),
+    _choice("--depth-rank", DEPTH_RANKS, "What whole layers or blocks are ranked by."),
+    click.option(
+        "--config",
+        "config_file",
+        type=click.Path(path_type=Path),
+        help="JSON file of PruneConfig fields; options given here win.",
+    ),
+)
+
+allocation_options = _options(
+    click.option(
+        "--allocation",
+        default=_DEFAULTS.allocation,
+        show_default=True,
+        help=f"{', '.join(_NAMED)}, or one share for each stage, noisiest first: 0.5,0.1,0.4.",
+    ),
+    _number("--max-sparsity", "The most one stage may give."),
+    _number("--max-stages", "Of --stages auto."),
+    _number("--round-to", "Keep FFN neurons in multiples of this."),
+    _number("--least-heads", "Heads that every attention keeps."),
+    _number("--least-neurons", "Neurons that every FFN keeps."),
+    click.option(
+        "--keep",
+        multiple=True,
+        help="Layers or blocks left whole, e.g. transformer_blocks.0 or '*.attn1'; repeatable.",
+    ),
+    _number("--latency-batch", "Rows of a call for --latency."),
+    click.option("--latency-table", help="File of layer timings, instead of measuring them."),
+    _number("--probe-samples", "Samples that measured errors are taken over."),
+)
+
+search_options = _options(
+    click.option("--search-time", help="Of evolutionary: 90s, 10m, 2h.  [default: no limit]"),
+    click.option(
+        "--search-state",
+        type=click.Path(path_type=Path),
+        help="File that keeps the search; one that is there is gone on with.  "
+        "[default: OUTPUT.search.json]",
+    ),
+    click.option(
+        "--search-genes", type=click.Choice(GENES), default=_SEARCH.genes, show_default=True,
+        help="What gets a level: a stage, or every layer of every stage.",
+    ),
+    click.option(
+        "--search-within", type=click.Choice(("optimal", "uniform")), default=_SEARCH.within,
+        show_default=True, help="How the layers of a stage share its level.",
+    ),
+    click.option(
+        "--search-start", default=",".join(STARTS), show_default=True,
+        help="Allocations that the search starts from.",
+    ),
+    click.option(
+        "--fitness", default=_SEARCH.fitness, show_default=True,
+        help=f"{', '.join(FITNESSES)}, or iqa:NAME of pyiqa.",
+    ),
+    click.option("--generations", default=_SEARCH.generations, show_default=True),
+    click.option("--population", default=_SEARCH.population, show_default=True, help="At first."),
+    click.option("--offspring", default=_SEARCH.offspring, show_default=True, help="Each time."),
+    click.option("--survivors", default=_SEARCH.survivors, show_default=True, help="Each time."),
+)  # fmt: skip
+
+
+def read_config(context: click.Context, options: dict[str, Any]) -> PruneConfig:
+    """Merge defaults, the file, and the options given on the command line, in that order.
+
+    Raises:
+        ValueError: an option cannot be read, or the fields do not fit together.
+    """
+    file = options["config_file"]
+    values = PruneConfig.from_file(file).to_dict() if file else {}
+
+    def given(name: str) -> bool:
+        if name not in options:
+            return False
+        return not file or context.get_parameter_source(name) == ParameterSource.COMMANDLINE
+
+    budgets = {name: options[name] for name in UNITS if options.get(name) is not None}
+    if budgets:  # a budget given here takes the place of the file's
+        values = {name: value for name, value in values.items() if name not in UNITS} | budgets
+    values.update({name: options[name] for name in _FIELDS if given(name)})
+    if given("allocation"):
+        values.update(_parse_allocation(options["allocation"]))
+    if given("stages") and options["stages"] is not None:
+        values.update(_parse_stages(options["stages"], options["steps"]))
+    if given("keep"):
+        values["keep"] = tuple(options["keep"])
+    search = dict(values.get("search", {}))
+    search.update({field: options[name] for name, field in _SEARCH_FIELDS.items() if given(name)})
+    if given("search_start"):
+        search["start"] = tuple(options["search_start"].split(","))
+    if given("search_time") and options["search_time"] is not None:
+        search["seconds"] = parse_seconds(options["search_time"])
+    return PruneConfig.from_dict(values | {"search": search})
+
+
+def parse_seconds(text: str) -> float:
+    """Read a time such as 90s, 10m or 2h.
+
+    Raises:
+        ValueError: it is none.
+    """
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smh]?)", text.strip())
+    if match is None:
+        raise ValueError(f"--search-time must be such as 90s, 10m or 2h, got {text!r}.")
+    return float(match.group(1)) * {"": 1, "s": 1, "m": 60, "h": 3600}[match.group(2)]
+
+
+def _parse_allocation(text: str) -> dict[str, Any]:
+    if text in _NAMED:
+        return {"allocation": text, "stage_sparsity": None, "layer_sparsity": None}
+    try:
+        shares = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(
+            f"--allocation must be {', '.join(_NAMED)} or shares such as 0.5,0.1,0.4, got {text!r}."
+        ) from None
+    return {"allocation": "explicit", "stage_sparsity": shares}
+
+
+def _parse_stages(text: str, steps: int) -> dict[str, Any]:
+    """Read `--stages`; one number above the sampling steps can only be a timestep."""
+    if text == "auto":
+        return {"stages": "auto", "boundaries": None}
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"--stages must be a number, auto, or timesteps such as 104,570, got {text!r}."
+        ) from None
+    if len(numbers) == 1 and numbers[0] <= steps:
+        return {"stages": numbers[0], "boundaries": None}
+    return {"boundaries": tuple(numbers), "stages": None}
