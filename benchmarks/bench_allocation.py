@@ -18,7 +18,7 @@ import torch
 from rich.progress import Progress
 
 from benchmarks.bench_quality import Study
-from benchmarks.rows import RESULTS, provenance, upsert_row
+from benchmarks.rows import RESULTS, provenance, read_rows, upsert_row
 from mosaicdiff import PruneConfig, prune
 from mosaicdiff.budget import Budget
 from mosaicdiff.decide import make_probe, measured_error
@@ -178,6 +178,7 @@ def main() -> None:
     parser.add_argument("--allocations", nargs="+", choices=tuple(ALLOCATIONS), default=None)
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--search-seconds", type=float, default=60.0)
+    parser.add_argument("--missing", action="store_true", help="only rows that are not there yet")
     args = parser.parse_args()
     study = AllocationStudy(args.images, args.search_seconds)
     if args.part == "sweep":
@@ -190,6 +191,10 @@ def main() -> None:
             return
         names = args.allocations or tuple(ALLOCATIONS)
         jobs = [(s, n, seed) for seed in args.seeds for n in names for s in args.sparsities]
+        if args.missing:
+            rows = [row for row in read_rows(FILE) if row["images"] == str(args.images)]
+            there = {(row["sparsity"], row["allocation"], row["seed"]) for row in rows}
+            jobs = [job for job in jobs if tuple(map(str, job)) not in there]
         task = progress.add_task("table", total=len(jobs))
         for sparsity, name, seed in jobs:
             progress.update(task, description=f"{name} {sparsity} seed {seed}")
