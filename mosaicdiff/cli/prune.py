@@ -154,7 +154,7 @@ def _dry_run(
 ) -> None:
     """Print the plan where it is known before calibration, and what carrying it out takes."""
     from ..estimate import estimate_cost
-    from ..pipeline import plan as make_plan
+    from ..pipeline import plan_of
     from ..request import prepare
 
     job = prepare(pipe, config, None, calibration, measured)
@@ -162,7 +162,7 @@ def _dry_run(
     known = by_share and unit == "sparsity"
     if measured is not None and config.allocation != "evolutionary":
         known = unit not in ("latency", "quality")  # those run the model
-    final = make_plan(pipe, config, calibration=calibration, measured=measured) if known else None
+    final = plan_of(job) if known else None
     stages = len(job.frame.division)
     cost = estimate_cost(job.denoiser, job.adapter, job.layers, stages, config)
     within = job.frame if final is None else final
