@@ -51,9 +51,7 @@ class Genetics:
         # The quantum divides what is to be saved, so that whole levels come to it exactly.
         whole = max(1, round(self._target / wished))
         self._quantum = self._target / whole if self._target > 0 else wished
-        self.limits = tuple(
-            int(self._capped(gene) / self._quantum + 1e-9) for gene in self._genes
-        )
+        self.limits = tuple(int(self._capped(gene) / self._quantum + 1e-9) for gene in self._genes)
 
     def _capped(self, gene: _Gene) -> float:
         """Return the most that a gene can save under the cap of a stage."""
