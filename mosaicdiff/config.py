@@ -203,6 +203,11 @@ class PruneConfig:
                 f"PruneConfig: allocation must be optimal or evolutionary with granularity "
                 f"{self.granularity!r}, got {self.allocation!r}: shares do not fit whole layers."
             )
+        if self.choice == "shared" and self.allocation in ("score", "explicit"):
+            raise ValueError(
+                "PruneConfig: allocation must be uniform, optimal or evolutionary with choice "
+                f"'shared', got {self.allocation!r}: its shares differ from stage to stage."
+            )
         if self.choice != "separate" and self.criterion == "random":
             raise ValueError(
                 f"PruneConfig: criterion must not be random with choice {self.choice!r}."
