@@ -90,7 +90,7 @@ def save_calibration(calibration: Calibration, path: str | Path) -> int:
         "layers": [asdict(layer) for layer in calibration.layers],
         "power": calibration.power,
         "made_for": dict(calibration.made_for),
-        "weights": calibration.weights,
+        "weights": dict(calibration.weights),
         "changes": calibration.changes,
         "traced_with": dict(calibration.traced_with),
     }
