@@ -103,13 +103,17 @@ class Allocator:
         ]
 
     def error(self, plan: PrunePlan) -> float:
-        """Return the plan's predicted error: the layers' weighted errors, mean over the steps."""
-        total = sum(
+        """Return the plan's predicted error: the layers' weighted errors, summed over the steps.
+
+        Weighted by `trajectory` it is an estimate of `trajectory.latent_error`, of the final
+        latents, as if the errors of layers and stages had nothing to do with each other. On
+        `digits` it came out three to nine times too low (benchmarks.bench_allocation).
+        """
+        return sum(
             float(self.errors[k][i][count])
             for k, row in enumerate(plan.removed)
             for i, count in enumerate(row)
         )
-        return total / sum(self.frame.steps)
 
     def meet(self, budget: Budget, allocation: str | None = None) -> PrunePlan:
         """Return the plan that meets a budget, of any unit but quality.

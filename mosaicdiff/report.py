@@ -42,7 +42,7 @@ class DecisionReport:
         allocation: that was used.
         budget: that was asked for.
         reached: in the budget's unit; None where shares were stated.
-        predicted_error: the layers' weighted squared errors, summed, mean over the steps.
+        predicted_error: the layers' weighted squared errors, summed over the steps.
         measured: what was measured on the way: errors by effort, latencies, a search.
     """
 

@@ -178,4 +178,4 @@ def _least(run: _Run, price: float, ladders: Sequence[Sequence[int]]) -> float:
 
 def _predicted(job: Job, parts: list[_Run]) -> float:
     path = _path(job, parts)
-    return path.error(path.levels(_target(job))) / job.config.steps
+    return path.error(path.levels(_target(job)))

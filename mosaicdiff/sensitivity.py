@@ -36,11 +36,13 @@ def measure_weights(
     data: CalibrationSet,
     config: PruneConfig,
 ) -> list[dict[str, float]]:
-    """Return, for each stage and layer, the mean squared gradient of a projection of the output.
+    """Return, for each stage and layer, what its squared error adds to that of the output.
 
     With r standard normal, g = d (r . output) / d (layer output): E[g^2] is the sum over the
     output of the squared derivatives, so that an error of the layer, uncorrelated with them,
-    adds E[g^2] times its square to the squared error of the output. One backward pass a batch.
+    adds E[g^2] times its square to the squared error of the output. The weight takes a layer's
+    error as curves have it (summed over channels, mean over tokens) to the mean over the
+    output's elements. One backward pass a batch.
 
     Source: ours; after the Hutchinson estimator.
     """
@@ -63,8 +65,9 @@ def measure_weights(
             )
             for name, gradient in zip(held, gradients, strict=True):
                 if gradient is not None:
-                    sums[name] += float(gradient.double().square().sum())
-                    counts[name] += gradient.numel()
+                    squares = float(gradient.double().square().sum())
+                    sums[name] += squares / gradient.shape[-1]  # channels
+                    counts[name] += result.numel()
         weights.append({name: sums[name] / max(1, counts[name]) for name in sums})
     return weights
 
@@ -72,9 +75,10 @@ def measure_weights(
 def stage_gains(probe: Probe, denoiser: nn.Module, steps: Sequence[int]) -> list[float]:
     """Return, for each stage, how much noise in its outputs tells in the final latents.
 
-    White noise of a small amplitude is added to the dense denoiser's output at the stage's
-    steps; the gain is the error of the final latents (`Probe.error`), for one step, over the
-    square of the amplitude. One sampling run a stage.
+    White noise of a small amplitude, the same at every step of the stage, is added to the dense
+    denoiser's output: a pruned layer errs in much the same way from step to step, so that its
+    errors add up. The gain is the error of the final latents (`Probe.error`), for one step, over
+    the square of the amplitude. One sampling run a stage.
 
     Source: ours.
     """
@@ -89,15 +93,17 @@ def stage_gains(probe: Probe, denoiser: nn.Module, steps: Sequence[int]) -> list
 
 
 class _Noisy:
-    """A denoiser whose output carries white noise of a fixed seed."""
+    """A denoiser whose output carries white noise, the same at every call."""
 
     def __init__(self, denoiser: nn.Module, seed: int) -> None:
         self._denoiser, self._generator = denoiser, torch.Generator().manual_seed(seed)
+        self._noise: torch.Tensor | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = self._denoiser(*args, **kwargs)
-        noise = torch.randn(output.sample.shape, generator=self._generator)
-        output.sample = output.sample + _AMPLITUDE * noise.to(output.sample)
+        if self._noise is None:
+            self._noise = torch.randn(output.sample.shape, generator=self._generator)
+        output.sample = output.sample + _AMPLITUDE * self._noise.to(output.sample)
         return output
 
 

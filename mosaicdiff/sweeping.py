@@ -35,7 +35,7 @@ class FrontPoint:
         macs_ratio: those of the dense model over these.
         params: that a checkpoint would hold, all stages together.
         bytes: of its weights.
-        predicted_error: the layers' weighted squared errors, summed, mean over the steps.
+        predicted_error: the layers' weighted squared errors, summed over the steps.
         measured_error: squared error of the final latents over their energy; None where it was
             not measured.
         stages: sparsity of each stage, by name.

@@ -47,7 +47,7 @@ def test_a_weight_is_what_noise_in_a_layer_adds_to_the_output():
 
         def disturb(module, args, output):
             nonlocal elements
-            elements += output.numel()
+            elements += output.shape[-1] * latents.numel()
             return output + amplitude * torch.randn(output.shape, generator=generator)
 
         for latents, timesteps, inputs in batches:
