@@ -55,9 +55,15 @@ def plan(
         ValueError: what is removed depends on a calibration that is not there yet.
     """
     job = prepare(model, config or PruneConfig(), scheduler, calibration, measured)
+    unit = job.config.budget.unit
+    if unit in ("quality", "latency") or job.config.allocation == "evolutionary":
+        raise ValueError(
+            f"plan: budget must be in sparsity, macs, params or size, and allocation not "
+            f"evolutionary, got {job.config.budget} and {job.config.allocation!r}: only measuring "
+            "the pruned model tells what those remove. Prune."
+        )
     if job.measured is not None:
         return decide(job, *make_allocator(job, job.measured, _silent), _silent).plan
-    unit = job.config.budget.unit
     if job.config.allocation not in ("score", "uniform", "explicit") or unit != "sparsity":
         raise ValueError(
             f"plan: measured must be given for allocation {job.config.allocation!r} and a budget "
