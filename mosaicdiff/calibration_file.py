@@ -22,7 +22,7 @@ from .stages import Division, Stage
 
 FORMAT_VERSION = 1
 #: Settings that the statistics depend on, and those that the traced curves depend on too.
-_MEASURED_WITH = ("samples", "seed", "null_share")
+_MEASURED_WITH = ("samples", "seed", "null_share", "weighting")
 TRACED_WITH = ("criterion", "compensation", "damping", "choice", "seed")
 
 

@@ -178,6 +178,9 @@ def make_allocator(
     job: Job, given: Calibration, tell: Progress
 ) -> tuple[Allocator, Fitter, Calibration]:
     """Settle the stages, trace the curves, and set up what makes plans and what fits them."""
+    if job.config.weighting != "raw":  # weights of another kind are none
+        same = given.made_for.get("weighting") == job.config.weighting
+        _required(given.weights if same else None, "weighting")
     frame, stages = settle_stages(job, given, tell)
     stages = trace(job, stages, tell)
     ranks = None

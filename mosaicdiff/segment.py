@@ -145,7 +145,8 @@ def _errors_and_savings(
         )
         traced = trace(job, alone, lambda what, done, total: None)
         assert traced.curves is not None
-        errors = weighted_errors(job.layers, alone.steps, traced.curves, traced.weights)
+        weights = None if job.config.weighting == "raw" else traced.weights
+        errors = weighted_errors(job.layers, alone.steps, traced.curves, weights)
         savings = job.costs.with_steps(alone.steps).savings("sparsity")
         values[i, j] = (errors[0], savings[0])
     return values
