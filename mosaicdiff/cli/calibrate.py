@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,9 @@ def calibrate(context: click.Context, as_json: bool, **options: Any) -> None:
         raise ValueError(f"--output must be a file, but {output} is a folder.")
     if output.exists() and not options["overwrite"]:
         raise ValueError(f"--output must be new, but {output} exists. Pass --overwrite.")
+    parent = next(folder for folder in output.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"--output must lie in a folder that can be written to, got {output}.")
     check_calibration(options["calibration"])
     device = pick_device(options["device"])
     dtype = pick_dtype(options["dtype"], device)
