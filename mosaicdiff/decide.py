@@ -99,13 +99,17 @@ def _decide_by_quality(job: Job, allocator: Allocator, fitter: Fitter, tell: Pro
     probe = make_probe(job, "a quality budget")
     plans = allocator.plans("quality")
     rows: list[dict[str, float]] = []
+    known: dict[tuple[tuple[int, ...], ...], float] = {}
     low, high, found = 0.0, 1.0, None
     effort, reached = 0.3, 0.0
     for number in range(_MEASUREMENTS):
         tell("measure errors", number, _MEASUREMENTS)
         plan = plans(effort)
-        error = measured_error(probe, fitter, plan)
-        rows.append({"effort": effort, "sparsity": plan.sparsity, "error": error})
+        if plan.removed not in known:  # few groups: several efforts may mean one plan
+            known[plan.removed] = measured_error(probe, fitter, plan)
+            row = {"effort": effort, "sparsity": plan.sparsity, "error": known[plan.removed]}
+            rows.append(row)
+        error = known[plan.removed]
         if not math.isfinite(error):
             error = math.inf
         if error <= bound:
@@ -120,7 +124,7 @@ def _decide_by_quality(job: Job, allocator: Allocator, fitter: Fitter, tell: Pro
         effort = guess
     tell("measure errors", _MEASUREMENTS, _MEASUREMENTS)
     if found is None or found.sparsity == 0:
-        least = min(rows, key=lambda row: row["effort"])
+        least = min((r for r in rows if r["sparsity"] > 0), key=lambda row: row["sparsity"])
         raise ValueError(
             f"budget: quality {bound:g} must be more than what the least removal costs: at a "
             f"sparsity of {least['sparsity']:.2%} the error is {least['error']:.3g}. Ask for more."
