@@ -142,7 +142,14 @@ def share_plan(
         ValueError: the sparsity cannot be met under the cap, or explicit shares do not fit the
             stages or layers.
     """
-    shares = _stage_shares(frame, config, sparsity)
+    if config.allocation != "explicit":
+        most = most_sparsity(layers, frame, config)
+        if sparsity > most + 1e-12:
+            raise ValueError(
+                f"prune: sparsity must be at most {most:.4f} with these settings, got "
+                f"{sparsity:g}. Ask for less, or raise max_sparsity and leave less whole."
+            )
+    shares = _stage_shares(frame, config, sparsity, _most_share(layers, config))
     ladders = [allowed_levels(layer, config) for layer in layers]
     removed = tuple(
         tuple(
@@ -159,9 +166,14 @@ def most_sparsity(layers: Sequence[PrunableLayer], frame: Frame, config: PruneCo
     """Return the largest sparsity that `score` or `uniform` can reach."""
     give = np.asarray(_stage_give(frame, config)) > 0
     weight = np.asarray(frame.steps, dtype=float) / sum(frame.steps)
+    return float((weight * give).sum()) * _most_share(layers, config)
+
+
+def _most_share(layers: Sequence[PrunableLayer], config: PruneConfig) -> float:
+    """Return the largest share that one stage can give."""
     total = sum(layer.groups * layer.cost for layer in layers)
     may_go = sum(allowed_levels(layer, config)[-1] * layer.cost for layer in layers) / total
-    return float((weight * give).sum()) * min(config.max_sparsity, may_go)
+    return min(config.max_sparsity, may_go)
 
 
 def effort_bounds(
@@ -211,7 +223,9 @@ def step_scores(
     return np.interp(visited, schedule.log_snr[order], score[order]) / score.max()
 
 
-def _stage_shares(frame: Frame, config: PruneConfig, sparsity: float) -> list[float]:
+def _stage_shares(
+    frame: Frame, config: PruneConfig, sparsity: float, most: float
+) -> list[float]:
     division = frame.division
     if config.allocation == "explicit":
         given = config.stage_sparsity or ()
@@ -221,7 +235,7 @@ def _stage_shares(frame: Frame, config: PruneConfig, sparsity: float) -> list[fl
                 f"({', '.join(stage.name for stage in division.stages)}), got {len(given)}."
             )
         return list(given)
-    return stage_shares(_stage_give(frame, config), frame.steps, sparsity, config.max_sparsity)
+    return stage_shares(_stage_give(frame, config), frame.steps, sparsity, most)
 
 
 def _stage_give(frame: Frame, config: PruneConfig) -> list[float]:
