@@ -48,7 +48,8 @@ def calibrate(context: click.Context, as_json: bool, **options: Any) -> None:
     `mosaicdiff prune --from` and `sweep --from` then make any budget without running it again.
     With --stages auto the bins are kept, and any stages made of whole bins can be asked for.
     """
-    config = read_config(context, options)
+    # Of the allocations, the one that takes every setting: a calibration serves them all.
+    config = read_config(context, options | {"allocation": "optimal"})
     output: Path = options["output"]
     if output.is_dir():
         raise ValueError(f"--output must be a file, but {output} is a folder.")
