@@ -223,9 +223,7 @@ def step_scores(
     return np.interp(visited, schedule.log_snr[order], score[order]) / score.max()
 
 
-def _stage_shares(
-    frame: Frame, config: PruneConfig, sparsity: float, most: float
-) -> list[float]:
+def _stage_shares(frame: Frame, config: PruneConfig, sparsity: float, most: float) -> list[float]:
     division = frame.division
     if config.allocation == "explicit":
         given = config.stage_sparsity or ()
