@@ -56,6 +56,9 @@ bench: build
 	$(BIN)/python -m benchmarks.bench_quality cap
 	$(BIN)/python -m benchmarks.bench_quality table
 	$(BIN)/python -m benchmarks.bench_quality headline
+	$(BIN)/python -m benchmarks.bench_allocation table
+	$(BIN)/python -m benchmarks.bench_allocation stages
+	$(BIN)/python -m benchmarks.bench_allocation sweep
 	$(BIN)/python -m benchmarks.bench_speed
 	$(BIN)/python -m benchmarks.bench_hessian
 	$(BIN)/python -m benchmarks.bench_cholesky

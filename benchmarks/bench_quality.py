@@ -104,6 +104,7 @@ class Study:
         criterion, compensation, allocation = factors
         config = PruneConfig(
             sparsity=sparsity, criterion=criterion, compensation=compensation, seed=seed,
+            allocation="score",
             max_sparsity=PruneConfig.max_sparsity if cap is None else cap,
         )  # fmt: skip
         if allocation == "equal":

@@ -37,7 +37,7 @@ def main() -> None:
     for model in args.models:
         sparsity, batch_size, repeats = CASES[model]
         round_to = 1 if model == "digits" else args.round_to
-        config = PruneConfig(sparsity=sparsity, round_to=round_to)
+        config = PruneConfig(sparsity=sparsity, round_to=round_to, allocation="score")
         if model == "digits":
             pipe = load_pipeline("digits", dtype, device)
             dense = find_denoiser(pipe)[1]

@@ -8,11 +8,8 @@ import torch
 from torch import Tensor
 
 from mosaicdiff import PruneConfig
-from mosaicdiff.adapters import adapter_for
-from mosaicdiff.calibrate import CalibrationSet, collect_statistics
-from mosaicdiff.planning import make_plan
-from mosaicdiff.schedule import NoiseSchedule
-from mosaicdiff.sources import find_denoiser, load_calibration, load_pipeline
+from mosaicdiff.pipeline import calibrate
+from mosaicdiff.sources import find_denoiser, load_pipeline
 
 
 @dataclass(frozen=True)
@@ -63,18 +60,13 @@ def layer_error(weight: Tensor, fitted: Tensor, h: Tensor, kept: Tensor) -> floa
 
 def embedded_layers(samples: int = 256, stages: int = 3) -> list[Layer]:
     """Return the readers of the embedded model with their H in each stage, float32."""
-    config = PruneConfig(sparsity=0.3, samples=samples, stages=stages)
     pipe = load_pipeline("digits")
-    denoiser = find_denoiser(pipe)[1].eval()
-    adapter = adapter_for(denoiser)
-    readers = adapter.layers(denoiser)
-    data = CalibrationSet(load_calibration(None, pipe), adapter, denoiser)
-    schedule = NoiseSchedule.from_scheduler(pipe.scheduler)
+    _, denoiser = find_denoiser(pipe)
+    measured = calibrate(pipe, PruneConfig(samples=samples, stages=stages))
     result = []
-    for stage in make_plan(readers, pipe.scheduler, config, data.power).division.stages:
-        bank = collect_statistics(denoiser, adapter, readers, stage, schedule, data, config)
-        for reader in readers:
-            weight = denoiser.get_submodule(reader.reader).weight.detach()
-            h = bank.finalize(reader.reader).hessian
-            result.append(Layer(f"{stage.name}: {reader.reader}", weight, h, reader.width))
+    for stage, statistics in zip(measured.division.stages, measured.statistics, strict=True):
+        for layer in measured.layers:
+            weight = denoiser.get_submodule(layer.reader).weight.detach()
+            h = statistics[layer.reader].unpack(weight.device).hessian
+            result.append(Layer(f"{stage.name}: {layer.reader}", weight, h, layer.width))
     return result

@@ -7,6 +7,7 @@ import argparse
 import statistics
 from pathlib import Path
 
+from benchmarks import render_allocation
 from benchmarks.rows import RESULTS, read_rows
 
 ROOT = Path(__file__).parent.parent
@@ -14,7 +15,7 @@ README = ROOT / "README.md"
 FIGURES = ROOT / "docs" / "figures"
 NAMES = ("criterion", "compensation", "allocation")
 DRAWN = {
-    ("obs", "plain", "score"): ("staged OBS, by score (default)", "#C44E52", "o-"),
+    ("obs", "plain", "score"): ("staged OBS, by score", "#C44E52", "o-"),
     ("obs", "plain", "equal"): ("staged OBS, equal stages", "#DD8452", "s--"),
     ("obs", "plain", "one network"): ("OBS, one network", "#4C72B0", "^--"),
     ("wanda", "none", "one network"): ("Wanda, one network", "#55A868", "v:"),
@@ -220,6 +221,9 @@ def main() -> None:
     ).parse_args()
     text = README.read_text()
     for name, content in (
+        ("goal", render_allocation.goal_table()),
+        ("allocation", render_allocation.allocation_table()),
+        ("stages", render_allocation.stages_table()),
         ("headline", headline_table()),
         ("factors", factor_table()),
         ("cap", cap_table()),
@@ -230,6 +234,7 @@ def main() -> None:
         text = replace_block(text, name, content)
     README.write_text(text)
     draw_quality(FIGURES / "quality.png")
+    render_allocation.draw_front(FIGURES / "front.png")
 
 
 if __name__ == "__main__":

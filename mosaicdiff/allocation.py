@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -15,6 +16,8 @@ from .items import Errors, make_items, weighted_errors
 from .optimal import OptimalPath
 from .planning import Frame, PrunePlan, most_sparsity, share_plan
 
+#: What shares know nothing of.
+_BY_SHARE: Any = {"granularity": "width", "choice": "separate"}
 #: The plan at an effort in [0, 1].
 PlanAt = Callable[[float], PrunePlan]
 
@@ -76,7 +79,7 @@ class Allocator:
         """Return the plans of an allocation by effort, for costs in a unit."""
         allocation = self.config.allocation if allocation is None else allocation
         if allocation in ("score", "uniform"):
-            config = replace(self.config, allocation=allocation, granularity="width")
+            config = replace(self.config, allocation=allocation, **_BY_SHARE)
             most = most_sparsity(self.layers, self.frame, config)
             return lambda effort: share_plan(self.layers, self.frame, config, effort * most)
         path = self.path("sparsity" if unit == "quality" else unit)
@@ -120,7 +123,7 @@ class Allocator:
             return share_plan(self.layers, self.frame, self.config, 0.0)
         if unit == "sparsity" and allocation in ("score", "uniform"):
             # The shares meet it by themselves; rounding is theirs to even out.
-            config = replace(self.config, allocation=allocation, granularity="width")
+            config = replace(self.config, allocation=allocation, **_BY_SHARE)
             return share_plan(self.layers, self.frame, config, budget.value)
         return meet(
             budget,

@@ -39,10 +39,10 @@ class PruneConfig:
         latency: of a call on this device, mean over the steps, e.g. `0.7x` or `25ms`.
         quality: the largest sparsity whose measured error stays under this (see
             `trajectory.latent_error`).
-        allocation: `score` gives each stage in proportion to 1 - its mean step score,
-            `uniform` gives all stages the same, `optimal` takes from every layer of every stage
-            what it loses least by, `evolutionary` searches from there (`search`), `explicit`
-            takes the two fields below.
+        allocation: `optimal` takes from every layer of every stage what it loses least by;
+            `score`, MosaicDiff's, gives each stage in proportion to 1 - its mean step score and
+            all layers of a stage the same; `uniform` gives all stages the same; `evolutionary`
+            searches from `optimal` on (`search`); `explicit` takes the two fields below.
         stage_sparsity: one share for each stage, noisiest first.
         layer_sparsity: shares for single layers, by layer name: one for each stage. Layers not
             named take their stage's share.
@@ -95,7 +95,7 @@ class PruneConfig:
     size: float | str | None = None
     latency: float | str | None = None
     quality: float | str | None = None
-    allocation: str = "score"
+    allocation: str = "optimal"
     stage_sparsity: tuple[float, ...] | None = None
     layer_sparsity: Mapping[str, tuple[float, ...]] | None = None
     stages: int | str | None = None
@@ -208,6 +208,11 @@ class PruneConfig:
             raise ValueError(
                 f"PruneConfig: allocation must be optimal or evolutionary with granularity "
                 f"{self.granularity!r}, got {self.allocation!r}: shares do not fit whole layers."
+            )
+        if self.choice == "shared" and self.allocation in ("score", "explicit"):
+            raise ValueError(
+                "PruneConfig: allocation must be uniform, optimal or evolutionary with choice "
+                f"'shared', got {self.allocation!r}: its shares differ from stage to stage."
             )
         if self.choice != "separate" and self.criterion == "random":
             raise ValueError(

@@ -38,6 +38,8 @@ class CostModel:
         element_bytes: of a parameter.
         file_overhead: bytes of the weights file beside the tensors, about.
         bias_per_stage: whether each stage has its own reader's bias (affine compensation).
+        refitted: whether each stage has its own reader's weight; without compensation all stages
+            keep slices of one.
         call_ms: for each layer, (groups + 1,) milliseconds at 0..groups kept; None where no
             latency was measured.
         fixed_ms: of a call beside the layers.
@@ -51,6 +53,7 @@ class CostModel:
     element_bytes: int
     file_overhead: int = 0
     bias_per_stage: bool = False
+    refitted: bool = True
     call_ms: tuple[np.ndarray, ...] | None = None
     fixed_ms: float = 0.0
 
@@ -135,6 +138,8 @@ class CostModel:
             readers = sum(cut) + (layer.groups if whole else 0)
             if len(counts) == 1:
                 readers = counts[0]
+            elif not self.refitted:
+                readers = union
             biases = len(cut) + whole if self.bias_per_stage else 1
             params -= layer.groups * (size.writers + size.reader) + size.bias
             params += union * size.writers + readers * size.reader + biases * size.bias
@@ -144,8 +149,8 @@ class CostModel:
     def savings(self, unit: str) -> list[list[np.ndarray]]:
         """Return what removing 0..groups of each layer of each stage saves, about, in a unit.
 
-        Exact for MACs and sparsity. For params and size the writers, which are stored once for
-        all stages, count in equal parts for each; `cost` tells the truth.
+        Exact for MACs and sparsity. For params and size what is stored once for all stages,
+        such as the writers, counts in equal parts for each; `cost` tells the truth.
         """
         rows = []
         for count in self.steps:
@@ -159,7 +164,8 @@ class CostModel:
                 if unit == "macs":
                     each = float(count * (layer.cost + layer.products))
                 elif unit in ("params", "size"):
-                    each = size.reader + size.writers / len(self.steps)
+                    once = size.writers if self.refitted else size.writers + size.reader
+                    each = size.reader * self.refitted + once / len(self.steps)
                 else:
                     each = float(count * layer.cost)
                 row.append(each * gone)

@@ -3,46 +3,52 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 import torch
 
 from .adapters import Adapter
 from .bank import HessianBank
+from .calibration import packed_bytes
 from .config import PruneConfig
-from .groups import Denoiser
-from .planning import PrunePlan
+from .groups import Denoiser, PrunableLayer
 
 #: Elimination does little of its work as large products: seen at a quarter of the matmul rate.
 _ELIMINATION_SHARE = 0.25
 
 
 def estimate_cost(
-    denoiser: Denoiser, adapter: Adapter, plan: PrunePlan, config: PruneConfig
+    denoiser: Denoiser,
+    adapter: Adapter,
+    layers: Sequence[PrunableLayer],
+    stages: int,
+    config: PruneConfig,
 ) -> dict[str, float]:
-    """Estimate what carrying out a plan takes.
+    """Estimate what calibrating and pruning so many stages (or bins) takes.
 
     Returns:
-        `hessian_bytes`, `elimination_bytes` (a batch of the widest layers at once), `rate`
+        `hessian_bytes` (of one stage, while it is calibrated), `statistics_bytes` (of all stages,
+        in main memory), `elimination_bytes` (a batch of the widest layers at once), `rate`
         (operations a second of a matrix product here and now) and `seconds`.
     """
     parameter = next(denoiser.parameters())
     rate = measure_rate(parameter.device, parameter.dtype)
-    stages = sum(1 for removed in plan.removed if any(removed))
     samples = stages * config.samples
     forward = 2.0 * adapter.macs(denoiser).total * samples
     hessian = elimination = 0.0
-    for layer in plan.layers:
+    for layer in layers:
         n, m = layer.groups * layer.width, denoiser.get_submodule(layer.reader).out_features
         # A group's cost is tokens * width * (m of the reader + inputs of each writer).
         tokens = layer.cost / (layer.width * m * (len(layer.writers) + 1))
         hessian += samples * tokens * n * (n + 1)
         # Inverse 5/3 n^3, G = W^T W, and panels of about 4 n^3 for a trajectory to its end.
         elimination += stages * ((5 / 3 + 4) * n**3 + 2.0 * m * n**2)
-    widths = {layer.reader: layer.groups * layer.width for layer in plan.layers}
+    widths = {layer.reader: layer.groups * layer.width for layer in layers}
     widest = max(widths.values())
     batch = sum(1 for n in widths.values() if n == widest)
     return {
         "hessian_bytes": float(HessianBank.bytes_needed(widths)),
+        "statistics_bytes": float(packed_bytes(layers, stages)),
         "elimination_bytes": 4.0 * 4 * batch * widest**2,
         "rate": rate,
         "seconds": (forward + hessian + elimination / _ELIMINATION_SHARE) / rate,

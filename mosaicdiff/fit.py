@@ -103,6 +103,7 @@ class Fitter:
                 solution, layer = self.layer(stage, i, count), job.layers[i]
                 parts = solved_parts(job.denoiser, layer, solution, affine)
                 job.adapter.replace(builder, layer, parts, len(solution.kept))
+        job.adapter.simplify(builder)
         self._networks[key] = builder.root
         while len(self._networks) > _NETWORKS:
             self._networks.popitem(last=False)

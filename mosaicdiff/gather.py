@@ -14,7 +14,7 @@ from .config import PruneConfig
 from .curves import RemovalCurve
 from .depth import measure_changes
 from .request import Job
-from .sensitivity import measure_weights, stage_gains
+from .sensitivity import GAIN_SAMPLES, measure_weights, stage_gains
 from .solve import LayerProblem, trace_along, trace_layers
 from .stages import Division
 from .trajectory import Probe
@@ -81,7 +81,7 @@ def _weights(job: Job, arguments: tuple, data: CalibrationSet) -> list[dict[str,
         return weights
     probe = Probe(
         job.denoiser, job.adapter, job.scheduler, data, steps=job.config.steps,
-        samples=job.config.probe_samples, seed=job.config.seed,
+        samples=min(GAIN_SAMPLES, job.config.probe_samples), seed=job.config.seed,
     )  # fmt: skip
     gains = stage_gains(probe, job.denoiser, job.frame.steps)
     return [

@@ -81,12 +81,15 @@ class OptimalPath:
         taken, stuck = [], set()
         for _, i, a, b in steps:
             item = self.items[i]
-            gain = {stage: share[b] - share[a] for stage, share in item.shares.items()}
-            if i in stuck or any(used[k] + g > self._max_share + 1e-9 for k, g in gain.items()):
-                stuck.add(i)
+            if i in stuck:
                 continue
-            for k, g in gain.items():
-                used[k] += g
+            if not self._fits(item, a, b, used):
+                stuck.add(i)  # what of the step still fits is its last
+                b = self._fitting(item, a, b, used)
+                if item.savings[b] <= item.savings[a]:
+                    continue
+            for stage, share in item.shares.items():
+                used[stage] += share[b] - share[a]
             taken.append((i, b, item.savings[b] - item.savings[a]))
         self._step_item = np.array([t[0] for t in taken], dtype=np.int64)
         self._step_level = np.array([t[1] for t in taken], dtype=np.int64)
@@ -94,6 +97,36 @@ class OptimalPath:
         self._largest = np.zeros(len(self.items), dtype=np.int64)
         for i, level, _ in taken:
             self._largest[i] = level
+
+    def _fitting(self, item: Item, low: int, high: int, used: np.ndarray) -> int:
+        """Return the highest level from `low` to `high` that leaves the stages under the cap."""
+        while high > low and not self._fits(item, low, high, used):
+            high -= 1
+        return high
+
+    def _fits(self, item: Item, low: int, high: int, used: np.ndarray) -> bool:
+        """Tell whether going from one level to another leaves the stages under the cap."""
+        return all(
+            used[k] + share[high] - share[low] <= self._max_share + 1e-9
+            for k, share in item.shares.items()
+        )
+
+    def _used(self, levels: np.ndarray) -> np.ndarray:
+        """Return the share of its prunable MACs that every stage gives."""
+        used = np.zeros(self._shape[0])
+        for item, level in zip(self.items, levels, strict=True):
+            for stage, share in item.shares.items():
+                used[stage] += share[level]
+        return used
+
+    def _saving_of(self, levels: np.ndarray) -> float:
+        return float(
+            sum(item.savings[level] for item, level in zip(self.items, levels, strict=True))
+        )
+
+    @property
+    def _tolerance(self) -> float:
+        return 1e-9 * max(1.0, self.total)
 
     @property
     def total(self) -> float:
@@ -111,14 +144,23 @@ class OptimalPath:
     def even_out(self, levels: np.ndarray, saving: float) -> None:
         """Change levels that save about so much so that they do, at the least error, in place.
 
-        What is missing is taken from one item; what is saved too much is given back to one, so
-        far as the saving stays above what is asked for.
+        What is missing is taken from one item, or from several where no single one can give it
+        under the cap; what is saved too much is given back, one item after the other, so far as
+        the saving stays above what is asked for.
         """
-        saved = sum(item.savings[n] for item, n in zip(self.items, levels, strict=True))
-        self._fill(levels, saving - float(saved), whole=True)
-        surplus = float(saved) - saving
-        if surplus <= 1e-9 * max(1.0, self.total):
-            return
+        part = saving - self._saving_of(levels)
+        while part > self._tolerance:
+            if not self._fill(levels, part, whole=True):
+                part /= 2
+                continue
+            part = saving - self._saving_of(levels)
+        while self._give_back(levels, self._saving_of(levels) - saving):
+            pass
+
+    def _give_back(self, levels: np.ndarray, surplus: float) -> bool:
+        """Lower the one item that gains most by giving back no more than a surplus."""
+        if surplus <= self._tolerance:
+            return False
         best, found = 0.0, None
         for i, item in enumerate(self.items):
             floor = item.savings[levels[i]] - surplus
@@ -128,23 +170,30 @@ class OptimalPath:
                 best, found = gain, (i, lower)
         if found is not None:
             levels[found[0]] = found[1]
+        return found is not None
 
-    def _fill(self, levels: np.ndarray, missing: float, whole: bool = False) -> None:
-        """Raise the one item that saves what is missing at the least error; else do nothing."""
-        if missing <= 1e-9 * max(1.0, self.total):
-            return
+    def _fill(self, levels: np.ndarray, missing: float, whole: bool = False) -> bool:
+        """Raise the one item that saves what is missing at the least error; tell if there is one.
+
+        Args:
+            whole: whether items may go beyond the last step that was taken, under the cap.
+        """
+        if missing <= self._tolerance:
+            return False
+        used = self._used(levels) if whole else None
         best, found = np.inf, None
         for i, item in enumerate(self.items):
             level = levels[i]
             end = len(item.savings) if whole else self._largest[i] + 1
             wanted = item.savings[level] + missing * (1 - 1e-9)
             reach = level + int(np.searchsorted(item.savings[level:end], wanted))
-            if reach < end:
-                loss = item.errors[reach] - item.errors[level]
-                if loss < best:
-                    best, found = loss, (i, reach)
+            if reach >= end or not item.errors[reach] - item.errors[level] < best:
+                continue
+            if used is None or self._fits(item, level, reach, used):
+                best, found = item.errors[reach] - item.errors[level], (i, reach)
         if found is not None:
             levels[found[0]] = found[1]
+        return found is not None
 
     def at(self, effort: float) -> tuple[tuple[int, ...], ...]:
         """Return the groups removed of each layer of each stage at an effort in [0, 1].

@@ -54,7 +54,11 @@ def plan(
     Raises:
         ValueError: what is removed depends on a calibration that is not there yet.
     """
-    job = prepare(model, config or PruneConfig(), scheduler, calibration, measured)
+    return plan_of(prepare(model, config or PruneConfig(), scheduler, calibration, measured))
+
+
+def plan_of(job: Job) -> PrunePlan:
+    """Return the plan of a checked request; see `plan`."""
     unit = job.config.budget.unit
     if unit in ("quality", "latency") or job.config.allocation == "evolutionary":
         raise ValueError(
@@ -142,8 +146,13 @@ def calibrate(
     Arguments and errors are those of `prune`. With `stages="auto"` the bins are kept, and the
     stages may be put wherever bins meet; otherwise the curves of the stages are traced too.
     """
-    job = prepare(model, config or PruneConfig(), scheduler, calibration)
-    tell = progress or _silent
+    return calibrate_job(
+        prepare(model, config or PruneConfig(), scheduler, calibration), progress or _silent
+    )
+
+
+def calibrate_job(job: Job, tell: Progress) -> Calibration:
+    """Calibrate a checked request; see `calibrate`."""
     measured = gather(job, tell)
     return measured if job.config.stage_count == "auto" else trace(job, measured, tell)
 

@@ -113,7 +113,12 @@ def make_division(
         formed = divide(
             schedule, power=power, threshold=config.threshold, snr_weight=config.snr_weight
         )
-        starts = {s.first for d in (even, formed) for s in d.stages if s.first > 0}
+        starts = {s.first for s in formed.stages if s.first > 0}
+        # Two boundaries between the same two sampling steps part the same; one would be dropped.
+        parted = {int((timesteps >= start).sum()) for start in starts}
+        for stage in even.stages:
+            if stage.first > 0 and int((timesteps >= stage.first).sum()) not in parted:
+                starts.add(stage.first)
         return Division.at_timesteps(schedule, sorted(starts))
     return equal_division(schedule, timesteps, int(count))
 
@@ -142,14 +147,7 @@ def share_plan(
         ValueError: the sparsity cannot be met under the cap, or explicit shares do not fit the
             stages or layers.
     """
-    if config.allocation != "explicit":
-        most = most_sparsity(layers, frame, config)
-        if sparsity > most + 1e-12:
-            raise ValueError(
-                f"prune: sparsity must be at most {most:.4f} with these settings, got "
-                f"{sparsity:g}. Ask for less, or raise max_sparsity and leave less whole."
-            )
-    shares = _stage_shares(frame, config, sparsity, _most_share(layers, config))
+    shares = _stage_shares(layers, frame, config, sparsity)
     ladders = [allowed_levels(layer, config) for layer in layers]
     removed = tuple(
         tuple(
@@ -166,11 +164,11 @@ def most_sparsity(layers: Sequence[PrunableLayer], frame: Frame, config: PruneCo
     """Return the largest sparsity that `score` or `uniform` can reach."""
     give = np.asarray(_stage_give(frame, config)) > 0
     weight = np.asarray(frame.steps, dtype=float) / sum(frame.steps)
-    return float((weight * give).sum()) * _most_share(layers, config)
+    return float((weight * give).sum()) * _most_of_stage(layers, config)
 
 
-def _most_share(layers: Sequence[PrunableLayer], config: PruneConfig) -> float:
-    """Return the largest share that one stage can give."""
+def _most_of_stage(layers: Sequence[PrunableLayer], config: PruneConfig) -> float:
+    """Return the largest share that one stage can give: the cap, or all that may go."""
     total = sum(layer.groups * layer.cost for layer in layers)
     may_go = sum(allowed_levels(layer, config)[-1] * layer.cost for layer in layers) / total
     return min(config.max_sparsity, may_go)
@@ -189,7 +187,9 @@ def effort_bounds(
         return  # only a measurement tells
     by_share = config.allocation in ("score", "uniform")
     if by_share and budget.unit == "sparsity":
-        share_plan(layers, frame, config, budget.value)
+        reach = most_sparsity(layers, frame, config)
+        if budget.value > reach + 1e-12:
+            raise _too_sparse(reach, budget.value)
         return
     if by_share:
         removed = share_plan(layers, frame, config, most_sparsity(layers, frame, config)).removed
@@ -200,10 +200,7 @@ def effort_bounds(
     if budget.unit == "sparsity":
         most = min(least, config.max_sparsity)
         if budget.value > most * (1 + TOLERANCE):
-            raise ValueError(
-                f"prune: sparsity must be at most {most:.4f} with these settings, got "
-                f"{budget.value:g}. Ask for less, or raise max_sparsity and leave less whole."
-            )
+            raise _too_sparse(most, budget.value)
         return
     wanted = budget.target(dense)
     if not least * (1 - TOLERANCE) <= wanted <= max(dense, least) * (1 + TOLERANCE):
@@ -212,6 +209,13 @@ def effort_bounds(
             f"prune: {budget.unit} must be between {low} (all that may go) and {high} (dense) "
             f"with these settings, got {describe_cost(budget.unit, wanted)}."
         )
+
+
+def _too_sparse(most: float, asked: float) -> ValueError:
+    return ValueError(
+        f"prune: sparsity must be at most {most:.4f} with these settings, got {asked:g}. "
+        "Ask for less, or raise max_sparsity and leave less whole."
+    )
 
 
 def step_scores(
@@ -223,7 +227,9 @@ def step_scores(
     return np.interp(visited, schedule.log_snr[order], score[order]) / score.max()
 
 
-def _stage_shares(frame: Frame, config: PruneConfig, sparsity: float, most: float) -> list[float]:
+def _stage_shares(
+    layers: Sequence[PrunableLayer], frame: Frame, config: PruneConfig, sparsity: float
+) -> list[float]:
     division = frame.division
     if config.allocation == "explicit":
         given = config.stage_sparsity or ()
@@ -233,7 +239,8 @@ def _stage_shares(frame: Frame, config: PruneConfig, sparsity: float, most: floa
                 f"({', '.join(stage.name for stage in division.stages)}), got {len(given)}."
             )
         return list(given)
-    return stage_shares(_stage_give(frame, config), frame.steps, sparsity, most)
+    cap = _most_of_stage(layers, config)
+    return stage_shares(_stage_give(frame, config), frame.steps, sparsity, cap)
 
 
 def _stage_give(frame: Frame, config: PruneConfig) -> list[float]:

@@ -148,6 +148,7 @@ def _check_reach(
         parameter.element_size(),
         file_overhead=file_overhead(denoiser, len(frame.steps)),
         bias_per_stage=config.compensation == "affine",
+        refitted=config.compensation != "none",
     )
     if config.allocation == "explicit":
         share_plan(layers, frame, config, 0.0)

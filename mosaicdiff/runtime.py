@@ -82,6 +82,7 @@ class StagedDenoiser(ModelMixin, ConfigMixin):
                 if layer.name in state:
                     layer_state = state[layer.name]
                     adapter.replace(builder, layer, layer_state.parts, len(layer_state.kept))
+            adapter.simplify(builder)
             stages.append(builder.root)
         return cls(info, stages).eval()
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from .calibration import Calibration
 from .gather import Progress, fit_to_frame, trace
-from .items import make_items, weighted_errors
+from .items import allowed_levels, make_items, weighted_errors
 from .optimal import OptimalPath
 from .planning import Frame
 from .request import Job
@@ -114,7 +114,8 @@ def stages_from_data(job: Job, given: Calibration, tell: Progress) -> list[Parti
     runs = [(i, j) for j in range(1, bins + 1) for i in range(j) if j - i > 1]
     values = dict(apart)
     values.update(_errors_and_savings(job, given, runs, steps, tell))
-    found = best_partitions(bins, most, lambda i, j: _least(values[i, j], price))
+    ladders = [allowed_levels(layer, job.config) for layer in job.layers]
+    found = best_partitions(bins, most, lambda i, j: _least(values[i, j], price, ladders))
     partitions = []
     for firsts, _ in found:
         ends = [*firsts[1:], bins]
@@ -174,9 +175,12 @@ def _price(job: Job, apart: dict[tuple[int, int], _Run], bins: int) -> float:
     return max(0.0, (more - less) / (2 * span)) if span > 0 else 0.0
 
 
-def _least(run: _Run, price: float) -> float:
+def _least(run: _Run, price: float, ladders: Sequence[Sequence[int]]) -> float:
     """Return the least error less the price of what is saved, each layer by itself."""
-    return float(sum((error - price * saving).min() for error, saving in zip(*run, strict=True)))
+    rows = zip(*run, ladders, strict=True)
+    return float(
+        sum((error - price * saving)[list(ladder)].min() for error, saving, ladder in rows)
+    )
 
 
 def _predicted(job: Job, parts: list[_Run]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,8 +20,11 @@ from .trajectory import Probe
 
 #: Of the noise that `stage_gains` adds to outputs of unit variance.
 _AMPLITUDE = 0.02
-#: Samples of a stage that its gradients are taken over, at most.
-_SAMPLES = 64
+#: Samples of a stage that its gradients are taken over, and of a batch, at most: a graph of the
+#: whole denoiser is held for a batch.
+_SAMPLES, _BATCH = 64, 8
+#: Samples that `stage_gains` is meant for: noise in every latent, so that few say enough.
+GAIN_SAMPLES = 8
 
 
 def measure_weights(
@@ -41,6 +45,7 @@ def measure_weights(
     Source: ours; after the Hutchinson estimator.
     """
     weights = []
+    config = replace(config, batch_size=min(_BATCH, config.batch_size))
     for stage in stages:
         sums = dict.fromkeys((layer.name for layer in layers), 0.0)
         counts = dict.fromkeys(sums, 0)

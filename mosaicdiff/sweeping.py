@@ -16,6 +16,7 @@ from .decide import make_probe, measured_error
 from .gather import Progress, gather
 from .groups import Denoiser
 from .pipeline import make_allocator
+from .planning import effort_bounds
 from .request import CalibrationSource, prepare
 
 #: Solved layers that are kept from one budget for the next.
@@ -96,10 +97,10 @@ def sweep(
                 f"sweep: allocations must be of score, uniform, optimal, got {allocation!r}."
             )
     tell = progress or (lambda what, done, total: None)
-    for budget in budgets:  # all that can be refused before work starts
-        for allocation in allocations:
-            asked = _config_for(config, budget, allocation)
-            job = prepare(model, asked, scheduler, calibration, measured)
+    asked = [_config_for(config, b, a) for a in allocations for b in budgets]
+    job = prepare(model, asked[0], scheduler, calibration, measured)
+    for one in asked:  # all that can be refused before work starts
+        effort_bounds(job.layers, job.frame, one, job.costs)
     given = job.measured if job.measured is not None else gather(job, tell)
     allocator, fitter, _ = make_allocator(job, given, tell)
     fitter.remember(_REMEMBER_BYTES)

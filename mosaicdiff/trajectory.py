@@ -84,6 +84,17 @@ class Probe:
     @torch.no_grad()
     def advance(self, state: RunState, network: Any, count: int, visit: bool = False) -> RunState:
         """Take `count` steps with one network; the state given stays as it is."""
+        # In training a denoiser may drop labels at random.
+        training = self._denoiser.training
+        self._denoiser.eval()
+        if isinstance(network, nn.Module):
+            network.eval()
+        try:
+            return self._advance(state, network, count, visit)
+        finally:
+            self._denoiser.train(training)
+
+    def _advance(self, state: RunState, network: Any, count: int, visit: bool) -> RunState:
         scheduler = copy.deepcopy(state.scheduler)
         takes = inspect.signature(scheduler.step).parameters
         latents, visited = state.latents, list(state.visited)

@@ -39,6 +39,9 @@ class Adapter(ABC):
     ) -> None:
         """Put the smaller layer made of `parts`, `groups` groups wide, into a stage."""
 
+    def simplify(self, builder: StageBuilder) -> None:  # noqa: B027 - most families need nothing
+        """Replace what the smaller layers of a finished stage have made needless, exactly."""
+
     @abstractmethod
     def parts(self, stage: Denoiser, layer: PrunableLayer) -> Parts:
         """Collect a layer's tensors from a stage; the inverse of `replace`."""

@@ -14,6 +14,37 @@ from ..pack import BiasOnly, Parts, StageBuilder, dense_parts, make_linear
 from .base import Adapter
 
 
+class BiasOnlyBlock(nn.Module):
+    """Stand for a block whose attention and FFN are gone: their gated biases, nothing more.
+
+    Exactly what the block would return, without its norms over the tokens.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        for name, child in block.named_children():
+            self.add_module(name, child)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        *args: Any,
+        timestep: torch.Tensor | None = None,
+        class_labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        norm: Any = self.norm1
+        biases = [getattr(part, "bias", None) for part in (self.attn1, self.ff)]
+        if biases[0] is None and biases[1] is None:
+            return hidden_states
+        emb = norm.emb(timestep, class_labels, hidden_dtype=hidden_states.dtype)
+        _, _, gate_attn, _, _, gate_ff = norm.linear(norm.silu(emb)).chunk(6, dim=1)
+        for gate, bias in zip((gate_attn, gate_ff), biases, strict=True):
+            if bias is not None:
+                hidden_states = hidden_states + gate[:, None] * bias
+        return hidden_states
+
+
 class DiTAdapter(Adapter):
     """Remove heads of self-attention and GELU neurons from every block."""
 
@@ -98,6 +129,11 @@ class DiTAdapter(Adapter):
             attention.heads = attention.sliceable_head_dim = groups
             attention.inner_dim = attention.inner_kv_dim = groups * layer.width
         _check_width(builder.root, layer)
+
+    def simplify(self, builder: StageBuilder) -> None:
+        for index, block in enumerate(builder.root.transformer_blocks):
+            if isinstance(block.attn1, BiasOnly) and isinstance(block.ff, BiasOnly):
+                builder.replace(f"transformer_blocks.{index}", BiasOnlyBlock(block))
 
     def parts(self, stage: Denoiser, layer: PrunableLayer) -> Parts:
         module = stage.get_submodule(layer.name)

@@ -70,7 +70,7 @@ def bench(
     from ..evaluate.configurations import CONFIGURATIONS, random_denoiser, random_staged
 
     if model in CONFIGURATIONS:
-        config = PruneConfig(sparsity=sparsity, steps=steps, round_to=round_to)
+        config = PruneConfig(sparsity=sparsity, steps=steps, round_to=round_to, allocation="score")
         dense = random_denoiser(model, target, number)
         staged = random_staged(dense, config)
     else:

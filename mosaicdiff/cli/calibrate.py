@@ -62,7 +62,7 @@ def calibrate(context: click.Context, as_json: bool, **options: Any) -> None:
     device = pick_device(options["device"])
     dtype = pick_dtype(options["dtype"], device)
     from ..calibration_file import save_calibration, stated_bytes
-    from ..pipeline import calibrate as run
+    from ..pipeline import calibrate_job
     from ..request import prepare
     from ..sources import load_pipeline
 
@@ -88,7 +88,7 @@ def calibrate(context: click.Context, as_json: bool, **options: Any) -> None:
             def tell(what: str, done: int, total: int) -> None:
                 bar.update(task, description=what, completed=done, total=total)
 
-            measured = run(pipe, config, calibration=options["calibration"], progress=tell)
+            measured = calibrate_job(job, tell)
         written = save_calibration(measured, output)
         values["bytes"] = written
     if as_json:

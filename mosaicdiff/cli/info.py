@@ -41,6 +41,11 @@ def info(folder: Path, as_json: bool) -> None:
         return
     values = report_from_dict(report)
     out.print(values.stage_table(), values.layer_table())
+    if values.decision is not None:
+        out.print(
+            f"{values.decision.allocation} allocation, {values.decision.budget} asked",
+            highlight=False,
+        )
     out.print(
         f"sparsity {values.sparsity:.2%}; MACs a call "
         f"{human_count(values.macs_dense_with_attention)} -> "

@@ -32,8 +32,11 @@ from .request_options import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ..planning import PrunePlan
     from ..report import PruneReport
+    from ..stages import Division
 
 
 @click.command(
@@ -149,44 +152,65 @@ def _print_report(report: PruneReport, config: PruneConfig, output: Path) -> Non
 def _dry_run(
     pipe: Any, config: PruneConfig, calibration: str | None, measured: Path | None, as_json: bool
 ) -> None:
-    from ..adapters import adapter_for
+    """Print the plan where it is known before calibration, and what carrying it out takes."""
     from ..estimate import estimate_cost
-    from ..pipeline import plan as make_plan
-    from ..sources import find_denoiser
+    from ..pipeline import plan_of
+    from ..request import prepare
 
-    final = make_plan(pipe, config, calibration=calibration, measured=measured)
-    _, denoiser = find_denoiser(pipe)
-    cost = estimate_cost(denoiser, adapter_for(denoiser), final, config)
+    job = prepare(pipe, config, None, calibration, measured)
+    unit, by_share = config.budget.unit, config.allocation in ("score", "uniform", "explicit")
+    known = by_share and unit == "sparsity"
+    if measured is not None and config.allocation != "evolutionary":
+        known = unit not in ("latency", "quality")  # those run the model
+    final = plan_of(job) if known else None
+    stages = len(job.frame.division)
+    cost = estimate_cost(job.denoiser, job.adapter, job.layers, stages, config)
+    within = job.frame if final is None else final
+    rows = _stage_rows(within.division, within.steps)
+    if final is not None:
+        for k, row in enumerate(rows):
+            counts = zip(final.layers, final.removed[k], strict=True)
+            row["sparsity"] = final.stage_sparsity(k)
+            row["removed"] = {layer.name: count for layer, count in counts}
     if as_json:
-        print_json(_plan_values(final) | {"cost": cost, "config": config.to_dict()})
+        sparsity = None if final is None else final.sparsity
+        values = {"sparsity": sparsity, "budget": str(config.budget), "stages": rows}
+        print_json(values | {"cost": cost, "config": config.to_dict()})
         return
-    _print_plan(final, cost)
+    if final is not None:
+        _print_plan(final)
+    else:
+        shown = ", ".join(f"{r['name']} ({r['steps']} steps)" for r in rows)
+        console().print(
+            f"{config.allocation} allocation of {config.budget} over {shown}: what each layer "
+            "gives is decided by the calibration (see mosaicdiff calibrate, and --from)",
+            highlight=False,
+        )
+    console().print(
+        f"memory for Hessians {human_bytes(cost['hessian_bytes'])} at once and "
+        f"{human_bytes(cost['statistics_bytes'])} kept, for elimination "
+        f"{human_bytes(cost['elimination_bytes'])}; about {cost['seconds']:.0f} s "
+        f"(at {cost['rate'] / 1e9:.0f} GFLOP/s, measured)",
+        highlight=False,
+    )
 
 
-def _plan_values(final: PrunePlan) -> dict[str, Any]:
-    return {
-        "sparsity": final.sparsity,
-        "stages": [
-            {
-                "name": stage.name,
-                "first_timestep": stage.first,
-                "last_timestep": stage.last,
-                "steps": final.steps[k],
-                "sparsity": final.stage_sparsity(k),
-                "removed": {
-                    layer.name: count
-                    for layer, count in zip(final.layers, final.removed[k], strict=True)
-                },
-            }
-            for k, stage in enumerate(final.division.stages)
-        ],
-    }
+def _stage_rows(division: Division, steps: Sequence[int]) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": stage.name,
+            "first_timestep": stage.first,
+            "last_timestep": stage.last,
+            "steps": count,
+        }
+        for stage, count in zip(division.stages, steps, strict=True)
+    ]
 
 
-def _print_plan(final: PrunePlan, cost: dict[str, float]) -> None:
+def _print_plan(final: PrunePlan) -> None:
     from rich.table import Table
 
-    table = Table(title="plan (nothing was run)")
+    table = Table(title=f"plan (nothing was run), mean sparsity {final.sparsity:.2%}")
     table.add_column("layer")
     table.add_column("dense", justify="right")
     for k, stage in enumerate(final.division.stages):
@@ -198,10 +222,4 @@ def _print_plan(final: PrunePlan, cost: dict[str, float]) -> None:
     for index, layer in enumerate(final.layers):
         kept = [str(layer.groups - removed[index]) for removed in final.removed]
         table.add_row(layer.name, f"{layer.groups} {layer.kind}", *kept)
-    console().print(
-        table,
-        f"mean sparsity {final.sparsity:.2%}; memory for Hessians "
-        f"{human_bytes(cost['hessian_bytes'])} and for elimination "
-        f"{human_bytes(cost['elimination_bytes'])}; about {cost['seconds']:.0f} s "
-        f"(at {cost['rate'] / 1e9:.0f} GFLOP/s, measured)",
-    )
+    console().print(table)

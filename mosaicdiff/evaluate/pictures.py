@@ -63,8 +63,11 @@ def picture_metric(name: str) -> Callable[[torch.Tensor], float]:
             f"search: fitness iqa:{name} needs the package pyiqa, which is not installed. "
             "pip install pyiqa, or use latent, trajectory or ssim."
         ) from None
-    if name not in pyiqa.list_models():
-        raise ValueError(f"search: fitness iqa:{name} must name a metric of pyiqa, e.g. topiq_nr.")
+    if name not in pyiqa.list_models(metric_mode="NR"):
+        raise ValueError(
+            f"search: fitness iqa:{name} must name a metric of pyiqa that needs no reference, "
+            "e.g. topiq_nr."
+        )
     metric = pyiqa.create_metric(name)
     sign = 1.0 if metric.lower_better else -1.0
     return lambda pictures: sign * float(metric(pictures).mean())

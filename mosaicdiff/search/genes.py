@@ -49,8 +49,20 @@ class Genetics:
         total = sum(gene.most for gene in self._genes)
         wished = total / (config.search.levels * len(self._genes))
         # The quantum divides what is to be saved, so that whole levels come to it exactly.
-        self._quantum = self._target / max(1, round(self._target / wished))
-        self.limits = tuple(int(gene.most / self._quantum + 1e-9) for gene in self._genes)
+        whole = max(1, round(self._target / wished))
+        self._quantum = self._target / whole if self._target > 0 else wished
+        self.limits = tuple(int(self._capped(gene) / self._quantum + 1e-9) for gene in self._genes)
+
+    def _capped(self, gene: _Gene) -> float:
+        """Return the most that a gene can save under the cap of a stage."""
+        if self._search.genes == "layers":
+            return gene.most
+        if self._search.within == "optimal":
+            return self._path_of(gene).total
+        share = sum(
+            float(share[-1]) for i in gene.items for share in self._items[i].shares.values()
+        )
+        return gene.most * min(1.0, self._allocator.config.max_sparsity / share)
 
     def _make_genes(self, choice: str) -> list[_Gene]:
         if self._search.genes == "layers":
@@ -107,10 +119,17 @@ class Genetics:
         if self._search.within == "uniform":
             share = saving / gene.most
             return np.array([_nearest(item.savings, share * item.savings[-1]) for item in items])
-        stages, layers = len(self._allocator.frame.steps), len(self._allocator.layers)
+        return self._path_of(gene).levels(saving)
+
+    def _path_of(self, gene: _Gene) -> OptimalPath:
         if gene.items not in self._paths:
-            self._paths[gene.items] = OptimalPath(items, stages, layers)
-        return self._paths[gene.items].levels(saving)
+            self._paths[gene.items] = OptimalPath(
+                [self._items[i] for i in gene.items],
+                len(self._allocator.frame.steps),
+                len(self._allocator.layers),
+                self._allocator.config.max_sparsity,
+            )
+        return self._paths[gene.items]
 
     def _decode_layers(self, genome: Genome) -> PrunePlan:
         levels = np.array(

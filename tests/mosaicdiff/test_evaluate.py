@@ -44,7 +44,7 @@ def test_latency_weighs_stages_by_their_steps():
     from mosaicdiff.pipeline import cut
 
     dense = tiny_denoiser()
-    staged = cut(dense, PruneConfig(sparsity=0.4), scheduler=linear_scheduler())
+    staged = cut(dense, PruneConfig(sparsity=0.4, allocation="score"), scheduler=linear_scheduler())
     report = measure_latency(dense, staged, repeats=3)
     assert sum(stage.steps for stage in report.stages) == report.dense.steps == 50
     mean = sum(s.steps * s.macs_with_attention for s in report.stages) / 50
@@ -57,7 +57,7 @@ def test_named_configurations():
     with pytest.raises(ValueError, match="name must be one of dit-xl-2, dit-b-4"):
         random_denoiser("dit-z", torch.device("cpu"), torch.float32)
     dense = random_denoiser("dit-b-4", torch.device("cpu"), torch.float32)
-    staged = random_staged(dense, PruneConfig(sparsity=0.33, round_to=64))
+    staged = random_staged(dense, PruneConfig(sparsity=0.33, round_to=64, allocation="score"))
     x = torch.randn(1, 4, 32, 32)
     for t in (990, 300, 10):
         out = staged(x, torch.tensor([t]), torch.tensor([1])).sample

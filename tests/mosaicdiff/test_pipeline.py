@@ -114,7 +114,7 @@ def test_few_steps_leave_no_empty_stage():
 def test_plan_runs_nothing(pipe, batches):
     calls = []
     pipe.transformer.register_forward_pre_hook(lambda *a: calls.append(1))
-    final = mosaicdiff.plan(pipe, PruneConfig(**SMALL), calibration=batches)
+    final = mosaicdiff.plan(pipe, PruneConfig(allocation="score", **SMALL), calibration=batches)
     assert final.sparsity == pytest.approx(0.3, abs=0.005)
     assert not calls
 
