@@ -64,7 +64,7 @@ def test_a_search_beats_where_it_started_and_leaves_no_state(whole):
     assert [path.name for path in output.parent.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("at", [2, 5])
+@pytest.mark.parametrize("at", [2, 6])
 def test_a_killed_search_goes_on_as_if_it_had_not_been(tiny, whole, tmp_path, at):
     command = [str(part) for part in options(tiny, tmp_path / "out")]
     environment = os.environ | {
