@@ -39,8 +39,8 @@ ALLOCATIONS = {
     "equal": {"allocation": "uniform"},
     "one network, optimal": {"allocation": "optimal", "stages": 1},
     "optimal": {"allocation": "optimal"},
+    "optimal, raw": {"allocation": "optimal", "weighting": "raw"},
     "optimal, by sensitivity": {"allocation": "optimal", "weighting": "sensitivity"},
-    "optimal, by trajectory": {"allocation": "optimal", "weighting": "trajectory"},
     "search from score": {
         "allocation": "evolutionary", "stages": 3,
         "search": {"within": "uniform", "start": ("score",)},
@@ -64,10 +64,11 @@ class AllocationStudy(Study):
         upsert_row(FILE, KEY, {"part": part, "images": self.images} | row | provenance())
 
     def calibration(self, config: PruneConfig):
-        key = (config.seed, config.stage_count, config.weighting)
+        key = (config.seed, config.stage_count)
         if key not in self.calibrations:
             self.calibrations = {k: v for k, v in self.calibrations.items() if k[0] == config.seed}
-            self.calibrations[key] = calibrate(self.pipe, config, calibration=self.data)
+            whole = replace(config, allocation="optimal", weighting="trajectory")
+            self.calibrations[key] = calibrate(self.pipe, whole, calibration=self.data)
         return self.calibrations[key]
 
     def judged(self, pictures: torch.Tensor, seed: int) -> dict:

@@ -11,8 +11,8 @@ DRAWN = {
     "score": ("by score (MosaicDiff)", "#DD8452", "s--"),
     "one network, optimal": ("optimal, one network", "#4C72B0", "^--"),
     "search from score": ("evolutionary from score (Diff-ES)", "#8172B3", "D:"),
-    "optimal": ("optimal", "#C44E52", "o-"),
-    "optimal, by trajectory": ("optimal, by trajectory", "#55A868", "o-"),
+    "search from optimal": ("evolutionary from optimal", "#55A868", "d-"),
+    "optimal": ("optimal (default)", "#C44E52", "o-"),
 }
 
 

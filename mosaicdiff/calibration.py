@@ -91,8 +91,8 @@ class Calibration:
         power: P, the mean square of the clean latents.
         statistics: for each bin, of each reader by name.
         made_for: what the statistics depend on; another model or other settings refuse them.
-        weights: for each bin, by layer name: how much an error of the layer's output counts in
-            the denoiser's (`sensitivity`), where it was measured.
+        weights: by weighting (`sensitivity`, `trajectory`), where it was measured: for each bin,
+            by layer name, how much an error of the layer's output counts.
         changes: for each bin, by layer or block name: what dropping it changes (`depth`), where
             it was measured.
         curves: for each bin, by layer name, where they were traced; `traced_with` says how.
@@ -104,7 +104,7 @@ class Calibration:
     power: float
     statistics: Sequence[Mapping[str, PackedStatistics]]
     made_for: Mapping[str, Any] = field(default_factory=dict)
-    weights: Sequence[Mapping[str, float]] | None = None
+    weights: Mapping[str, Sequence[Mapping[str, float]]] = field(default_factory=dict)
     changes: Sequence[Mapping[str, Mapping[str, float]]] | None = None
     curves: Sequence[Mapping[str, RemovalCurve]] | None = None
     traced_with: Mapping[str, Any] = field(default_factory=dict)
@@ -125,7 +125,10 @@ class Calibration:
             division=division,
             steps=tuple(sum(self.steps[k] for k in group) for group in groups),
             statistics=[_LazyMerge(self, tuple(group)) for group in groups],
-            weights=None if self.weights is None else [self._mean_of(g) for g in groups],
+            weights={
+                kind: [self._mean_of(rows, group) for group in groups]
+                for kind, rows in self.weights.items()
+            },
             changes=None if self.changes is None else [self._changes_of(g) for g in groups],
             curves=None,
         )
@@ -134,9 +137,10 @@ class Calibration:
         total = sum(self.steps[k] for k in group)
         return [self.steps[k] / total for k in group]
 
-    def _mean_of(self, group: Sequence[int]) -> dict[str, float]:
-        rows = [(self.weights or [])[k] for k in group]
-        return _mean_rows(rows, self._shares(group))
+    def _mean_of(
+        self, rows: Sequence[Mapping[str, float]], group: Sequence[int]
+    ) -> dict[str, float]:
+        return _mean_rows([rows[k] for k in group], self._shares(group))
 
     def _changes_of(self, group: Sequence[int]) -> dict[str, dict[str, float]]:
         rows = [(self.changes or [])[k] for k in group]

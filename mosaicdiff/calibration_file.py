@@ -22,7 +22,7 @@ from .stages import Division, Stage
 
 FORMAT_VERSION = 1
 #: Settings that the statistics depend on, and those that the traced curves depend on too.
-_MEASURED_WITH = ("samples", "seed", "null_share", "weighting")
+_MEASURED_WITH = ("samples", "seed", "null_share")
 TRACED_WITH = ("criterion", "compensation", "damping", "choice", "seed")
 
 
@@ -90,7 +90,7 @@ def save_calibration(calibration: Calibration, path: str | Path) -> int:
         "layers": [asdict(layer) for layer in calibration.layers],
         "power": calibration.power,
         "made_for": dict(calibration.made_for),
-        "weights": calibration.weights,
+        "weights": dict(calibration.weights),
         "changes": calibration.changes,
         "traced_with": dict(calibration.traced_with),
     }

@@ -114,7 +114,7 @@ class PruneConfig:
     null_share: float = 0.1
     damping: float = 0.01
     round_to: int = 1
-    weighting: str = "raw"
+    weighting: str = "trajectory"
     choice: str = "separate"
     granularity: str = "width"
     depth_rank: str = "curve"

@@ -68,26 +68,50 @@ def with_extras(job: Job, measured: Calibration, data: CalibrationSet) -> Calibr
     arguments = (
         job.denoiser, job.adapter, job.layers, frame.division.stages, frame.schedule, data, config,
     )  # fmt: skip
-    if config.weighting != "raw":
+    if weighting_of(config) != "raw":
         measured = replace(measured, weights=_weights(job, arguments, data))
     if config.granularity != "width" and config.depth_rank != "curve":
         measured = replace(measured, changes=measure_changes(*arguments))
     return measured
 
 
-def _weights(job: Job, arguments: tuple, data: CalibrationSet) -> list[dict[str, float]]:
+def weighting_of(config: PruneConfig) -> str:
+    """Return the weighting that a request uses: shares use none."""
+    return config.weighting if config.allocation in ("optimal", "evolutionary") else "raw"
+
+
+def _weights(job: Job, arguments: tuple, data: CalibrationSet) -> dict[str, list[dict[str, float]]]:
     weights = measure_weights(*arguments)
     if job.config.weighting == "sensitivity":
-        return weights
+        return {"sensitivity": weights}
     probe = Probe(
         job.denoiser, job.adapter, job.scheduler, data, steps=job.config.steps,
         samples=min(GAIN_SAMPLES, job.config.probe_samples), seed=job.config.seed,
     )  # fmt: skip
     gains = stage_gains(probe, job.denoiser, job.frame.steps)
-    return [
+    scaled = [
         {name: gain * weight for name, weight in row.items()}
         for gain, row in zip(gains, weights, strict=True)
     ]
+    return {"sensitivity": weights, "trajectory": scaled}
+
+
+def weights_of(job: Job, measured: Calibration) -> Sequence[Mapping[str, float]] | None:
+    """Return how much the layers' errors count for a request; None where all count alike.
+
+    Raises:
+        ValueError: the calibration was made without.
+    """
+    kind = weighting_of(job.config)
+    if kind == "raw":
+        return None
+    if kind not in measured.weights:
+        raise ValueError(
+            f"calibration: weighting {kind} was not measured in it "
+            f"(raw{''.join(f', {name}' for name in sorted(measured.weights))} can be had). "
+            f"Calibrate again with --weighting {kind}, or choose another."
+        )
+    return measured.weights[kind]
 
 
 def fit_to_frame(

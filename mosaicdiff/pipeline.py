@@ -19,7 +19,7 @@ from .checkpoint import storage_of
 from .config import PruneConfig
 from .decide import Decision, decide
 from .fit import Fitter, Solutions, assemble, last_groups_removed
-from .gather import Progress, gather, trace
+from .gather import Progress, gather, trace, weights_of
 from .groups import Denoiser
 from .latency_budget import with_latencies
 from .planning import PrunePlan, make_frame, share_plan
@@ -187,17 +187,12 @@ def make_allocator(
     job: Job, given: Calibration, tell: Progress
 ) -> tuple[Allocator, Fitter, Calibration]:
     """Settle the stages, trace the curves, and set up what makes plans and what fits them."""
-    if job.config.weighting != "raw":  # weights of another kind are none
-        same = given.made_for.get("weighting") == job.config.weighting
-        _required(given.weights if same else None, "weighting")
     frame, stages = settle_stages(job, given, tell)
     stages = trace(job, stages, tell)
     ranks = None
     if job.config.granularity != "width" and job.config.depth_rank != "curve":
         ranks = [row[job.config.depth_rank] for row in _required(stages.changes, "depth_rank")]
-    weights = None
-    if job.config.weighting != "raw":
-        weights = list(_required(stages.weights, "weighting"))
+    weights = weights_of(job, stages)
     assert stages.curves is not None
     costs = job.costs.with_steps(frame.steps)
     allocator = Allocator(frame, job.config, costs, stages.curves, weights, ranks)

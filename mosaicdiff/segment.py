@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .calibration import Calibration
-from .gather import Progress, fit_to_frame, trace
+from .gather import Progress, fit_to_frame, trace, weights_of
 from .items import allowed_levels, make_items, weighted_errors
 from .optimal import OptimalPath
 from .planning import Frame
@@ -146,8 +146,7 @@ def _errors_and_savings(
         )
         traced = trace(job, alone, lambda what, done, total: None)
         assert traced.curves is not None
-        weights = None if job.config.weighting == "raw" else traced.weights
-        errors = weighted_errors(job.layers, alone.steps, traced.curves, weights)
+        errors = weighted_errors(job.layers, alone.steps, traced.curves, weights_of(job, traced))
         savings = job.costs.with_steps(alone.steps).savings("sparsity")
         values[i, j] = (errors[0], savings[0])
     return values

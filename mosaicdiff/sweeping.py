@@ -98,7 +98,9 @@ def sweep(
             )
     tell = progress or (lambda what, done, total: None)
     asked = [_config_for(config, b, a) for a in allocations for b in budgets]
-    job = prepare(model, asked[0], scheduler, calibration, measured)
+    # The most that any of them needs is measured: `optimal` weighs errors, shares do not.
+    main = next((one for one in asked if one.allocation == "optimal"), asked[0])
+    job = prepare(model, main, scheduler, calibration, measured)
     for one in asked:  # all that can be refused before work starts
         effort_bounds(job.layers, job.frame, one, job.costs)
     given = job.measured if job.measured is not None else gather(job, tell)

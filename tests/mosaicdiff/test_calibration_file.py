@@ -192,10 +192,11 @@ def test_stages_must_be_made_of_whole_bins(file):
     assert [stage.first_timestep for stage in report.stages] == [edges[1], 0]
 
 
-def test_weights_that_were_not_measured_are_refused(file):
+def test_weights_that_were_not_measured_are_refused(file, tmp_path):
+    save_calibration(calibrated(weighting="raw"), tmp_path / "raw.cal")
     for weighting in ("sensitivity", "trajectory"):
-        with pytest.raises(ValueError, match="weighting needs a measurement"):
-            prune(file, allocation="optimal", weighting=weighting)
+        with pytest.raises(ValueError, match=f"weighting {weighting} was not measured"):
+            prune(tmp_path / "raw.cal", allocation="optimal", weighting=weighting)
     with pytest.raises(ValueError, match="depth_rank needs a measurement"):
         prune(file, allocation="optimal", granularity="blocks", depth_rank="cosine", stages=1)
 
@@ -206,18 +207,21 @@ def test_weights_of_one_kind_do_not_pass_for_another(tmp_path):
     config = {"allocation": "optimal", "sparsity": 0.3}
     direct, loaded = (prune(m, weighting="sensitivity", **config) for m in (None, path))
     assert replace(direct.report, seconds=0) == replace(loaded.report, seconds=0)
-    raw = prune(path, **config).report
-    assert replace(raw, seconds=0) == replace(prune(**config).report, seconds=0)
-    with pytest.raises(ValueError, match="weighting needs a measurement"):
+    direct, loaded = (prune(m, weighting="raw", **config) for m in (None, path))
+    assert replace(direct.report, seconds=0) == replace(loaded.report, seconds=0)
+    with pytest.raises(ValueError, match="weighting trajectory was not measured"):
         prune(path, weighting="trajectory", **config)
 
 
 def test_raw_stages_from_the_data_leave_weights_aside():
     config = {"stages": "auto", "bins": 4, "allocation": "optimal", "max_stages": 2}
     weighed = calibrated(weighting="sensitivity", **config)
-    heavy = [{name: 1e6 ** (k == 0) for name in row} for k, row in enumerate(weighed.weights)]
-    first = prune(replace(weighed, weights=heavy), **config).report
-    second = prune(replace(weighed, weights=None), **config).report
+    rows = weighed.weights["sensitivity"]
+    heavy = {"sensitivity": [dict.fromkeys(row, 1e6 ** (k == 0)) for k, row in enumerate(rows)]}
+    first, second = (
+        prune(replace(weighed, weights=weights), weighting="raw", **config).report
+        for weights in (heavy, {})
+    )
     assert replace(first, seconds=0) == replace(second, seconds=0)
 
 

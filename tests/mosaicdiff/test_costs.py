@@ -140,7 +140,7 @@ def test_savings_add_up_to_the_cost(calibrations):
 @pytest.mark.parametrize("compensation", ["plain", "affine", "none"])
 def test_the_predicted_error_is_that_of_the_fitted_layers(calibrations, choice, compensation):
     job, allocator, fitter = request(
-        calibrations, choice=choice, compensation=compensation, damping=1e-7
+        calibrations, choice=choice, weighting="raw", compensation=compensation, damping=1e-7
     )
     plan = allocator.plan_of(CUT_EVERYWHERE)
     solutions, total = fitter.solve(plan), 0.0

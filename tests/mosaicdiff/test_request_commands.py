@@ -108,7 +108,8 @@ def is_nested(sets):
 
 @pytest.mark.parametrize("allocation", ["optimal", "score"])
 def test_nested_choices_are_parts_of_one_another(tiny, tiny_file, tmp_path, allocation):
-    options = ("--from", tiny_file, "--allocation", allocation, "--sparsity", "40%")
+    options = ("--from", tiny_file, "--allocation", allocation, "--sparsity", "40%",
+               "--weighting", "raw")  # fmt: skip
     free = prune(tiny, tmp_path / "separate", *options)
     nested = prune(tiny, tmp_path / "nested", *options, "--choice", "nested")
     sets = kept_sets(stored(tmp_path / "nested"), nested)

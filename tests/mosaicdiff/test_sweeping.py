@@ -51,7 +51,8 @@ def test_every_point_is_what_a_pruning_of_its_own_gives(unit, texts):
         )
         assert point.params == report.parameters
         assert point.bytes == pytest.approx(report.bytes, rel=0.06)  # a header comes to it
-        assert point.predicted_error == report.decision.predicted_error
+        if point.allocation == "optimal":  # shares by themselves weigh no errors
+            assert point.predicted_error == report.decision.predicted_error
         assert point.budget == report.decision.budget
         assert point.stages == {stage.name: stage.sparsity for stage in report.stages}
 
@@ -131,7 +132,8 @@ def test_the_command_says_the_same_as_prune_and_draws_it(tiny, tiny_file, tmp_pa
         )  # fmt: skip
         assert point["sparsity"] == report["sparsity"]
         assert point["params"] == report["parameters"]
-        assert point["predicted_error"] == report["decision"]["predicted_error"]
+        if point["allocation"] == "optimal":  # shares by themselves weigh no errors
+            assert point["predicted_error"] == report["decision"]["predicted_error"]
 
 
 def test_the_command_measures_and_prints(tiny, tiny_file):
