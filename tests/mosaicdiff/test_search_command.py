@@ -52,6 +52,15 @@ def whole(tiny, tmp_path_factory):
     return run_json(*options(tiny, output)), output
 
 
+def test_a_search_that_finds_nothing_gives_the_optimal_plan(tiny, tmp_path):
+    first = options(tiny, tmp_path / "found", "--generations", 0, "--population", 1)
+    found_report = run_json(*first)
+    search = found_report["decision"]["measured"]["search"]
+    assert search["best"] == search["start"] < search["history"][-1]  # levels are coarser
+    second = options(tiny, tmp_path / "optimal", "--allocation", "optimal")
+    assert kept_counts(found_report) == kept_counts(run_json(*second))
+
+
 def test_a_search_is_no_worse_than_its_start_and_leaves_no_state(whole):
     report, output = whole
     search = report["decision"]["measured"]["search"]
@@ -157,7 +166,8 @@ def test_a_budget_that_a_search_cannot_hold_is_refused(tiny, tmp_path, unit):
 @pytest.mark.parametrize(
     "more",
     [("--search-genes", "layers"), ("--search-within", "uniform"), ("--fitness", "trajectory"),
-     ("--fitness", "ssim"), ("--search-start", "score"), ("--granularity", "layers", "--sparsity", "37%")],
+     ("--fitness", "ssim"), ("--search-start", "score"),
+     ("--granularity", "layers", "--sparsity", "37%")],
     ids=" ".join,
 )  # fmt: skip
 def test_every_kind_of_search_meets_the_budget(tiny, tmp_path, more):
