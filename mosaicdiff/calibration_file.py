@@ -121,7 +121,7 @@ def load_calibration_file(path: str | Path) -> Calibration:
     if not path.is_file():
         raise ValueError(
             f"calibration: {path} must be a file that `mosaicdiff calibrate` wrote, "
-            "but there is none."
+            f"but {'it is a folder' if path.is_dir() else 'there is none'}."
         )
     try:
         with safe_open(path, framework="pt") as file:
@@ -134,11 +134,20 @@ def load_calibration_file(path: str | Path) -> Calibration:
             f"calibration: {path} must be written by `mosaicdiff calibrate`, but it holds none. "
             "Clean latents are given as --calibration."
         )
-    values = json.loads(text)
-    if values["format_version"] != FORMAT_VERSION:
+    try:
+        return _from_description(path, json.loads(text), names)
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(
-            f"calibration: format_version must be {FORMAT_VERSION}, got "
-            f"{values['format_version']} in {path}. Calibrate again with this mosaicdiff."
+            f"calibration: {path} could not be read: {error!r} in its description. Calibrate again."
+        ) from None
+
+
+def _from_description(path: Path, values: dict[str, Any], names: set[str]) -> Calibration:
+    version = values.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"calibration: format_version must be {FORMAT_VERSION}, got {version} in {path}. "
+            "Calibrate again with this mosaicdiff."
         )
     layers = tuple(
         PrunableLayer(**{**row, "writers": tuple(row["writers"])}) for row in values["layers"]

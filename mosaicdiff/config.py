@@ -175,6 +175,12 @@ class PruneConfig:
                 f"PruneConfig: {given[0]} must be left out with allocation='explicit', which "
                 f"states its shares, got {getattr(self, given[0])!r}."
             )
+        if self.allocation == "evolutionary" and given and given[0] not in ("sparsity", "macs"):
+            raise ValueError(
+                f"PruneConfig: a budget must be a sparsity or macs with allocation 'evolutionary', "
+                f"got {given[0]}. Find the plan that meets it by 'optimal', then search at its "
+                "sparsity."
+            )
         _ = self.budget
 
     def _check_choices(self) -> None:

@@ -93,19 +93,25 @@ def _decide_by_quality(job: Job, allocator: Allocator, fitter: Fitter, tell: Pro
     """Find the largest effort whose measured error stays under the bound.
 
     Predicted errors are in units of the layers. Measured ones follow them nearly by a power law,
-    so each guess is read off the predicted curve by the last measurement.
+    so each guess is read off the predicted curve by the last measurement; where two of those
+    do not halve what is left, the next is its middle.
     """
     bound, budget = job.config.budget.value, job.config.budget
     probe = make_probe(job, "a quality budget")
     plans = allocator.plans("quality")
     rows: list[dict[str, float]] = []
+    known: dict[tuple[tuple[int, ...], ...], float] = {}
+    spans: list[float] = []
     low, high, found = 0.0, 1.0, None
     effort, reached = 0.3, 0.0
     for number in range(_MEASUREMENTS):
         tell("measure errors", number, _MEASUREMENTS)
         plan = plans(effort)
-        error = measured_error(probe, fitter, plan)
-        rows.append({"effort": effort, "sparsity": plan.sparsity, "error": error})
+        if plan.removed not in known:  # few groups: several efforts may mean one plan
+            known[plan.removed] = measured_error(probe, fitter, plan)
+            row = {"effort": effort, "sparsity": plan.sparsity, "error": known[plan.removed]}
+            rows.append(row)
+        error = known[plan.removed]
         if not math.isfinite(error):
             error = math.inf
         if error <= bound:
@@ -114,13 +120,17 @@ def _decide_by_quality(job: Job, allocator: Allocator, fitter: Fitter, tell: Pro
                 break
         else:
             high = effort
-        guess = _next_effort(allocator, plans, plan, error, bound, low, high)
+        spans.append(high - low)
+        if len(spans) > 2 and spans[-1] > spans[-3] / 2:  # errors that jump: no law to go by
+            guess = (low + high) / 2
+        else:
+            guess = _next_effort(allocator, plans, plan, error, bound, low, high)
         if abs(guess - effort) < 1e-5:
             break
         effort = guess
     tell("measure errors", _MEASUREMENTS, _MEASUREMENTS)
     if found is None or found.sparsity == 0:
-        least = min(rows, key=lambda row: row["effort"])
+        least = min((r for r in rows if r["sparsity"] > 0), key=lambda row: row["sparsity"])
         raise ValueError(
             f"budget: quality {bound:g} must be more than what the least removal costs: at a "
             f"sparsity of {least['sparsity']:.2%} the error is {least['error']:.3g}. Ask for more."

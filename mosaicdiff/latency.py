@@ -175,7 +175,7 @@ class LatencyTable:
         """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise ValueError(
                 f"LatencyTable: path must hold a table in JSON, got {path} ({error}). "
                 "Measure the table again by measure_table."

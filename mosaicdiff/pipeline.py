@@ -59,9 +59,15 @@ def plan(
 
 def plan_of(job: Job) -> PrunePlan:
     """Return the plan of a checked request; see `plan`."""
+    unit = job.config.budget.unit
+    if unit in ("quality", "latency") or job.config.allocation == "evolutionary":
+        raise ValueError(
+            f"plan: budget must be in sparsity, macs, params or size, and allocation not "
+            f"evolutionary, got {job.config.budget} and {job.config.allocation!r}: only measuring "
+            "the pruned model tells what those remove. Prune."
+        )
     if job.measured is not None:
         return decide(job, *make_allocator(job, job.measured, _silent), _silent).plan
-    unit = job.config.budget.unit
     if job.config.allocation not in ("score", "uniform", "explicit") or unit != "sparsity":
         raise ValueError(
             f"plan: measured must be given for allocation {job.config.allocation!r} and a budget "

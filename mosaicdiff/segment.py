@@ -102,6 +102,12 @@ def stages_from_data(job: Job, given: Calibration, tell: Progress) -> list[Parti
     """
     bins = len(given.division)
     steps = given.division.count_steps(job.frame.visited)
+    if not all(steps):
+        raise ValueError(
+            f"prune: steps must visit each of the {bins} bins of the calibration with stages "
+            f"'auto', got {job.config.steps}, which leave {steps.count(0)} without a step. Use "
+            "more, state the stages, or calibrate with fewer bins."
+        )
     most = min(job.config.max_stages, bins)
     apart = _errors_and_savings(job, given, [(k, k + 1) for k in range(bins)], steps, tell)
     price = _price(job, apart, bins)

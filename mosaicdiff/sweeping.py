@@ -136,7 +136,8 @@ def sweep(
 
 def _config_for(config: PruneConfig, budget: Budget, allocation: str) -> PruneConfig:
     values: dict[str, Any] = dict.fromkeys(UNITS)
-    values[budget.unit] = f"{budget.value!r}x" if budget.relative else budget.value
+    suffix = "x" if budget.relative else "B" if budget.unit == "size" else ""
+    values[budget.unit] = f"{budget.value!r}{suffix}"
     return replace(
         config, **values, allocation=allocation,
         stage_sparsity=None, layer_sparsity=None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,16 @@ def calibrate(context: click.Context, as_json: bool, **options: Any) -> None:
     `mosaicdiff prune --from` and `sweep --from` then make any budget without running it again.
     With --stages auto the bins are kept, and any stages made of whole bins can be asked for.
     """
-    config = read_config(context, options)
+    # Of the allocations, the one that takes every setting: a calibration serves them all.
+    config = read_config(context, options | {"allocation": "optimal"})
     output: Path = options["output"]
     if output.is_dir():
         raise ValueError(f"--output must be a file, but {output} is a folder.")
     if output.exists() and not options["overwrite"]:
         raise ValueError(f"--output must be new, but {output} exists. Pass --overwrite.")
+    parent = next(folder for folder in output.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"--output must lie in a folder that can be written to, got {output}.")
     check_calibration(options["calibration"])
     device = pick_device(options["device"])
     dtype = pick_dtype(options["dtype"], device)

@@ -192,7 +192,7 @@ def read_config(context: click.Context, options: dict[str, Any]) -> PruneConfig:
     if given("allocation"):
         values.update(_parse_allocation(options["allocation"]))
     if given("stages") and options["stages"] is not None:
-        values.update(_parse_stages(options["stages"], options["steps"]))
+        values.update(_parse_stages(options["stages"], values.get("steps", options["steps"])))
     if given("keep"):
         values["keep"] = tuple(options["keep"])
     search = dict(values.get("search", {}))

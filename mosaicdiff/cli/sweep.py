@@ -73,7 +73,7 @@ def sweep(context: click.Context, as_json: bool, **options: Any) -> None:
     from ..sweeping import sweep as run
 
     budgets = [Budget.parse(options["unit"], text) for text in options["budgets"].split(",")]
-    first = config.allocation if config.allocation in ("score", "uniform") else "optimal"
+    first = config.allocation
     others = [name for name in (options["against"] or "").split(",") if name and name != first]
     device = pick_device(options["device"])
     pipe = load_pipeline(options["model"], pick_dtype(options["dtype"], device), device)

@@ -150,17 +150,19 @@ def search_plan(
         fingerprint=_fingerprint(job, allocator),
         advance=advance,
     )
+    # Levels are coarser than the plan they start from: it may still be the best.
+    started = fitness(start)
     history = {
         "fitness": search.fitness,
-        "best": outcome.fitness,
+        "best": min(started, outcome.fitness),
         "history": list(outcome.history),
         "generations": outcome.generations,
         "evaluations": outcome.evaluations,
         "seconds": outcome.seconds,
         "complete": outcome.complete,
-        "start": fitness(start),
+        "start": started,
     }
-    return genetics.decode(outcome.best), history
+    return start if started <= outcome.fitness else genetics.decode(outcome.best), history
 
 
 def _fingerprint(job: Job, allocator: Allocator) -> str:

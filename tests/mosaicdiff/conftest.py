@@ -1,5 +1,9 @@
 """Tiny real denoisers, and the embedded model."""
 
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
@@ -53,8 +57,7 @@ def batches():
     return tiny_batches()
 
 
-@pytest.fixture
-def pipe(denoiser):
+def tiny_pipeline(denoiser) -> DiTPipeline:
     vae = AutoencoderKL(
         in_channels=1, out_channels=1, block_out_channels=(8,), norm_num_groups=4, latent_channels=2
     )
@@ -63,6 +66,42 @@ def pipe(denoiser):
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@pytest.fixture
+def pipe(denoiser):
+    return tiny_pipeline(denoiser)
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A tiny pipeline on disk, and options that name it and prune it quickly."""
+
+    folder: Path
+    latents: Path
+
+    @property
+    def options(self) -> tuple:
+        return (self.folder, "--calibration", self.latents, "--samples", 32, "--steps", 20)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> TinyModel:
+    place = tmp_path_factory.mktemp("tiny")
+    tiny_pipeline(tiny_denoiser()).save_pretrained(place / "model")
+    latents, inputs = tiny_batches()[0]
+    labels = inputs["class_labels"].numpy()
+    np.savez(place / "latents.npz", latents=latents.numpy(), labels=labels)
+    return TinyModel(place / "model", place / "latents.npz")
+
+
+@pytest.fixture(scope="session")
+def tiny_file(tiny) -> Path:
+    """The tiny model calibrated by `mosaicdiff calibrate`, in its three stages."""
+    from .commands import run_json
+
+    run_json("calibrate", *tiny.options, "--output", tiny.folder.parent / "stages.cal")
+    return tiny.folder.parent / "stages.cal"
 
 
 @pytest.fixture

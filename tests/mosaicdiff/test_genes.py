@@ -205,10 +205,6 @@ def test_a_bare_denoiser_makes_no_pictures(calibration, kind):
         TrajectoryFitness(make_probe(job, "a test"), fitter, kind)
 
 
-def test_a_budget_that_does_not_add_up_is_refused(calibration):
-    config = replace(PruneConfig(**BASE), params="0.9x")
-    with pytest.raises(ValueError, match="budget must be a sparsity or macs.*got params 0.9x"):
-        mosaicdiff.prune(
-            tiny_denoiser(), config, scheduler=linear_scheduler(), calibration=tiny_batches(),
-            measured=calibration,
-        )  # fmt: skip
+def test_a_budget_that_does_not_add_up_is_refused():
+    with pytest.raises(ValueError, match="budget must be a sparsity or macs.*got params"):
+        replace(PruneConfig(**BASE), params="0.9x")
