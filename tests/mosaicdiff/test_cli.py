@@ -124,14 +124,14 @@ def test_doctor():
 
 
 def test_dry_run_writes_nothing(tmp_path):
-    values = run_json("prune", "digits", "--output", tmp_path / "out", "--dry-run")
+    shares = ("prune", "digits", "--output", tmp_path / "out", "--dry-run", "--allocation", "score")
+    values = run_json(*shares)
     assert values["sparsity"] == pytest.approx(0.3, abs=0.005)
     assert values["cost"]["hessian_bytes"] == 6 * 4 * (192 * 195 + 768 * 771)
     assert values["cost"]["seconds"] > 0
-    assert (
-        "nothing was run"
-        in run("prune", "digits", "--output", tmp_path / "out", "--dry-run").output
-    )
+    assert "nothing was run" in run(*shares).output
+    undecided = run("prune", "digits", "--output", tmp_path / "out", "--dry-run")
+    assert undecided.exit_code == 0 and "decided by the calibration" in undecided.output
     assert not (tmp_path / "out").exists()
 
 
