@@ -1,5 +1,7 @@
 """How much outputs depend on layers, against noise added there."""
 
+import math
+
 import torch
 
 from mosaicdiff import PruneConfig
@@ -41,13 +43,13 @@ def test_a_weight_is_what_noise_in_a_layer_adds_to_the_output():
             denoiser, adapter, stage, frame.schedule, data, CONFIG, generator, samples=256
         )
     )  # fmt: skip
-    ratios = []
+    ratios, shape = [], adapter.latent_shape(denoiser)
     for layer in layers:
         added, elements = 0.0, 0
 
         def disturb(module, args, output):
             nonlocal elements
-            elements += output.shape[-1] * latents.numel()
+            elements += output.shape[-1] * len(output) * math.prod(shape)
             return output + amplitude * torch.randn(output.shape, generator=generator)
 
         for latents, timesteps, inputs in batches:
@@ -83,11 +85,13 @@ def test_a_gain_is_the_error_of_noise_over_its_power():
     assert len(gains) == len(frame.steps) and min(gains) > 0
 
     class Loud:
-        """Noise of twice the amplitude, in one stage."""
+        """Noise of twice the amplitude, the same at every step."""
+
+        noise = 0.04 * torch.randn(16, 2, 8, 8)
 
         def __call__(self, *args, **kwargs):
             output = denoiser(*args, **kwargs)
-            output.sample = output.sample + 0.04 * torch.randn(output.sample.shape)
+            output.sample = output.sample + self.noise
             return output
 
     for stage, count in enumerate(frame.steps):
