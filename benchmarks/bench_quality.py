@@ -113,7 +113,7 @@ class Study:
             return replace(config, stages=1)
         if allocation == "inverse":
             shares = self.inverse_shares(config)
-            return replace(config, allocation="explicit", stage_sparsity=shares)
+            return replace(config, sparsity=None, allocation="explicit", stage_sparsity=shares)
         return config
 
     def inverse_shares(self, config: PruneConfig) -> tuple[float, ...]:

@@ -170,7 +170,7 @@ class PruneConfig:
                 f"PruneConfig: a budget must be in one unit, got {' and '.join(given)}. "
                 "Keep the one that matters most."
             )
-        if given and self.allocation == "explicit" and given != ["sparsity"]:
+        if given and self.allocation == "explicit":
             raise ValueError(
                 f"PruneConfig: {given[0]} must be left out with allocation='explicit', which "
                 f"states its shares, got {getattr(self, given[0])!r}."

@@ -20,7 +20,7 @@ from .common import (
     pick_device,
     pick_dtype,
     print_json,
-    progress_bar,
+    told_progress,
 )
 from .request_options import calibration_options, read_config
 
@@ -82,12 +82,7 @@ def calibrate(context: click.Context, as_json: bool, **options: Any) -> None:
             highlight=False,
         )
     if not options["dry_run"]:
-        with progress_bar() as bar:
-            task = bar.add_task("prepare", total=None)
-
-            def tell(what: str, done: int, total: int) -> None:
-                bar.update(task, description=what, completed=done, total=total)
-
+        with told_progress() as tell:
             measured = calibrate_job(job, tell)
         written = save_calibration(measured, output)
         values["bytes"] = written

@@ -130,6 +130,18 @@ def progress_bar(quiet: bool = False) -> Iterator[Progress]:
         yield progress
 
 
+@contextmanager
+def told_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Show a progress bar, and yield what the engine tells its progress to."""
+    with progress_bar() as bar:
+        task = bar.add_task("prepare", total=None)
+
+        def tell(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+
+        yield tell
+
+
 def print_json(values: Any) -> None:
     """Print plain values as JSON; numbers that JSON lacks become null."""
     click.echo(json.dumps(_plain(values), indent=2))

@@ -21,7 +21,7 @@ from .common import (
     pick_device,
     pick_dtype,
     print_json,
-    progress_bar,
+    told_progress,
 )
 from .request_options import (
     allocation_options,
@@ -90,12 +90,7 @@ def prune(context: click.Context, as_json: bool, **options: Any) -> None:
     state = options["search_state"]
     if config.allocation == "evolutionary" and state is None:
         state = output.with_name(output.name + ".search.json")
-    with progress_bar() as bar:
-        task = bar.add_task("prepare", total=None)
-
-        def tell(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
-
+    with told_progress() as tell:
         result = run(
             pipe, config, calibration=calibration, measured=measured, search_state=state,
             progress=tell,

@@ -108,7 +108,11 @@ calibration_options = _options(
     _number("--damping", "Relative to the mean of the Hessian's diagonal."),
     _choice("--choice", CHOICES, "Groups kept in the stages: their own, nested, or the same."),
     _choice("--weighting", WEIGHTINGS, "Of the layers' errors in optimal."),
-    _choice("--granularity", GRANULARITIES, "What goes at once: heads and neurons, or whole ..."),
+    _choice(
+        "--granularity",
+        GRANULARITIES,
+        "What goes at once: heads and neurons, or whole layers or blocks.",
+    ),
     _choice("--depth-rank", DEPTH_RANKS, "What whole layers or blocks are ranked by."),
     click.option(
         "--config",

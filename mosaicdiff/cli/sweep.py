@@ -20,7 +20,7 @@ from .common import (
     pick_device,
     pick_dtype,
     print_json,
-    progress_bar,
+    told_progress,
 )
 from .request_options import allocation_options, calibration_options, read_config
 
@@ -77,12 +77,7 @@ def sweep(context: click.Context, as_json: bool, **options: Any) -> None:
     others = [name for name in (options["against"] or "").split(",") if name and name != first]
     device = pick_device(options["device"])
     pipe = load_pipeline(options["model"], pick_dtype(options["dtype"], device), device)
-    with progress_bar() as bar:
-        task = bar.add_task("prepare", total=None)
-
-        def tell(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
-
+    with told_progress() as tell:
         points = run(
             pipe, budgets, config, allocations=[first, *others], measure=options["measure"],
             calibration=options["calibration"], measured=options["measured"], progress=tell,
