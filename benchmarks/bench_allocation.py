@@ -136,7 +136,7 @@ class AllocationStudy(Study):
 
     def _measure_boundaries(self, name, config, given, starts) -> None:
         job = prepare(self.pipe, config, None, self.data, given)
-        allocator, fitter, _ = make_allocator(job, given, lambda *row: None)
+        allocator, fitter = make_allocator(job, given, lambda *row: None)
         plan = allocator.meet(Budget("sparsity", config.budget.value))
         self.write_row(
             "stages",

@@ -9,7 +9,6 @@ from typing import Any
 
 from .allocation import Allocator
 from .budget import TOLERANCE, Budget
-from .calibration import Calibration
 from .fit import Fitter
 from .gather import Progress
 from .latency_budget import decide_by_latency
@@ -45,7 +44,6 @@ def decide(
     job: Job,
     allocator: Allocator,
     fitter: Fitter,
-    stages: Calibration,
     tell: Progress,
     search_state: Path | None = None,
 ) -> Decision:

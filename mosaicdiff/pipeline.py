@@ -116,9 +116,9 @@ def prune(
     if job.config.budget.unit == "latency":
         job = with_latencies(job, tell)
     given = job.measured if job.measured is not None else gather(job, tell)
-    allocator, fitter, stages = make_allocator(job, given, tell)
+    allocator, fitter = make_allocator(job, given, tell)
     decision = decide(
-        job, allocator, fitter, stages, tell, None if search_state is None else Path(search_state)
+        job, allocator, fitter, tell, None if search_state is None else Path(search_state)
     )
     solutions = fitter.solve(decision.plan, lambda done, total: tell("fit layers", done, total))
     # A bare denoiser stays the caller's own: the stages get tensors of theirs.
@@ -183,9 +183,7 @@ def _silent(what: str, done: int, total: int) -> None:
     pass
 
 
-def make_allocator(
-    job: Job, given: Calibration, tell: Progress
-) -> tuple[Allocator, Fitter, Calibration]:
+def make_allocator(job: Job, given: Calibration, tell: Progress) -> tuple[Allocator, Fitter]:
     """Settle the stages, trace the curves, and set up what makes plans and what fits them."""
     frame, stages = settle_stages(job, given, tell)
     stages = trace(job, stages, tell)
@@ -196,7 +194,7 @@ def make_allocator(
     assert stages.curves is not None
     costs = job.costs.with_steps(frame.steps)
     allocator = Allocator(frame, job.config, costs, stages.curves, weights, ranks)
-    return allocator, Fitter(job, stages), stages
+    return allocator, Fitter(job, stages)
 
 
 def _required(values: Any, option: str) -> Any:

@@ -104,7 +104,7 @@ def sweep(
     for one in asked:  # all that can be refused before work starts
         effort_bounds(job.layers, job.frame, one, job.costs)
     given = job.measured if job.measured is not None else gather(job, tell)
-    allocator, fitter, _ = make_allocator(job, given, tell)
+    allocator, fitter = make_allocator(job, given, tell)
     fitter.remember(_REMEMBER_BYTES)
     probe = make_probe(job, "measured errors") if measure else None
     points, total = [], len(budgets) * len(allocations)

@@ -58,8 +58,9 @@ if TYPE_CHECKING:
 def sweep(context: click.Context, as_json: bool, **options: Any) -> None:
     """Say what pruning MODEL to each of several budgets costs and loses. Nothing is written.
 
-    The error is predicted from the layers' errors (comparable within one model and weighting);
-    with --measure each is pruned and sampled, and its final latents are compared.
+    The error is predicted from the layers' errors: it ranks the budgets of one model, and is
+    several times too low. With --measure each is pruned and sampled, and its final latents are
+    compared with the dense model's.
     """
     from .plots import check_plot_file, draw_front
 

@@ -38,7 +38,7 @@ def request(calibrations, **config):
         tiny_denoiser(), PruneConfig(samples=48, steps=STEPS, **config), linear_scheduler(), None,
         calibrations[config.get("stages", 3)],
     )  # fmt: skip
-    allocator, fitter, _ = make_allocator(job, job.measured, lambda *row: None)
+    allocator, fitter = make_allocator(job, job.measured, lambda *row: None)
     return job, allocator, fitter
 
 

@@ -35,7 +35,7 @@ def calibration():
 def setup(calibration, **config):
     config = PruneConfig(**(BASE | {"sparsity": 0.4} | config))
     job = prepare(tiny_denoiser(), config, linear_scheduler(), tiny_batches(), calibration)
-    allocator, fitter, _ = make_allocator(job, job.measured, lambda *row: None)
+    allocator, fitter = make_allocator(job, job.measured, lambda *row: None)
     return job, allocator, fitter
 
 

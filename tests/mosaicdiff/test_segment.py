@@ -86,7 +86,7 @@ def request(measured, **config):
 
 
 def test_stages_from_the_data_lose_no_more_than_those_of_the_closed_form(bins):
-    formed, _, _ = make_allocator(request(bins), bins, silent)
+    formed, _ = make_allocator(request(bins), bins, silent)
     assert len(formed.frame.division) == 3
     known = formed.error(formed.meet(formed.config.budget))
     partitions = stages_from_data(request(bins, **AUTO), bins, silent)
@@ -95,7 +95,7 @@ def test_stages_from_the_data_lose_no_more_than_those_of_the_closed_form(bins):
     # More stages may keep what fewer do.
     errors = [p.error for p in partitions]
     assert errors == sorted(errors, reverse=True)
-    one, _, _ = make_allocator(request(bins, stages="auto", bins=6, max_stages=1), bins, silent)
+    one, _ = make_allocator(request(bins, stages="auto", bins=6, max_stages=1), bins, silent)
     assert len(one.frame.division) == 1
     alone = one.error(one.meet(one.config.budget))
     # The plan may end a group short of the target.
@@ -106,7 +106,7 @@ def test_stages_that_gain_too_little_are_left_out(bins, monkeypatch):
     counts = []
     for gain in (1.0, 0.0):
         monkeypatch.setattr("mosaicdiff.segment.GAIN", gain)
-        allocator, _, _ = make_allocator(request(bins, **AUTO), bins, silent)
+        allocator, _ = make_allocator(request(bins, **AUTO), bins, silent)
         counts.append(len(allocator.frame.division))
     assert counts == [1, 4]
 
