@@ -172,6 +172,6 @@ def meet(
         raise ValueError(
             f"budget: {budget} must be within {TOLERANCE:.0%} of what can be had, but the closest "
             f"is {describe(reached)} for the {describe(wanted)} asked. These settings reach "
-            f"{span}."
+            f"{span}; ask for what can be had, or allow finer steps (granularity, round_to)."
         )
     return found

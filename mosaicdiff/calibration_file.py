@@ -23,6 +23,8 @@ from .stages import Division, Stage
 FORMAT_VERSION = 1
 #: Settings that the statistics depend on, and those that the traced curves depend on too.
 _MEASURED_WITH = ("samples", "seed", "null_share")
+#: What a tensor takes in the header: place, shape, digest, and its name twice.
+_ENTRY_BYTES = 150
 TRACED_WITH = ("criterion", "compensation", "damping", "choice", "seed")
 
 
@@ -60,7 +62,8 @@ def check_made_for(calibration: Calibration, wanted: Mapping[str, Any]) -> None:
         if had.get(key) != wanted[key]:
             raise ValueError(
                 f"calibration: {name} must be those it was made for, got {wanted[key]} and not "
-                f"{had.get(key)}. Calibrate this model (mosaicdiff calibrate), or load the other."
+                f"{had.get(key)}. Calibrate this model (mosaicdiff calibrate), or load the one it "
+                f"was made for, in its type (--dtype {had.get('dtype')})."
             )
 
 
@@ -93,6 +96,7 @@ def save_calibration(calibration: Calibration, path: str | Path) -> int:
         "weights": dict(calibration.weights),
         "changes": calibration.changes,
         "traced_with": dict(calibration.traced_with),
+        "digests": {name: _digest(tensor) for name, tensor in tensors.items()},
     }
     partial = path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,10 +109,31 @@ def save_calibration(calibration: Calibration, path: str | Path) -> int:
     return path.stat().st_size
 
 
+def _digest(tensor: torch.Tensor) -> str:
+    raw = tensor.contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.blake2b(raw.numpy().data, digest_size=8).hexdigest()
+
+
+def _read(file: Any, path: Path, name: str, digests: Mapping[str, str]) -> torch.Tensor:
+    """Read a tensor and hold it to its digest.
+
+    Raises:
+        ValueError: it is not what was written.
+    """
+    tensor = file.get_tensor(name)
+    if _digest(tensor) != digests.get(name):
+        raise ValueError(
+            f"calibration: {name} in {path} must be as it was written, but its digest differs: "
+            "the file is damaged. Calibrate again."
+        )
+    return tensor
+
+
 def stated_bytes(layers: tuple[PrunableLayer, ...], bins: int) -> int:
     """Return about how large the file of so many bins will be."""
     curves = sum(12 * layer.groups for layer in layers)
-    return packed_bytes(layers, bins) + bins * curves
+    header = sum(6 * _ENTRY_BYTES + 3 * (len(layer.reader) + len(layer.name)) for layer in layers)
+    return packed_bytes(layers, bins) + bins * (curves + header)
 
 
 def load_calibration_file(path: str | Path) -> Calibration:
@@ -128,7 +153,10 @@ def load_calibration_file(path: str | Path) -> Calibration:
             text = (file.metadata() or {}).get("mosaicdiff_calibration")
             names = set(file.keys())
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"calibration: {path} could not be read: {error}") from None
+        raise ValueError(
+            f"calibration: {path} could not be read: {error}. It must be a whole file that "
+            "`mosaicdiff calibrate` wrote: calibrate again."
+        ) from None
     if text is None:
         raise ValueError(
             f"calibration: {path} must be written by `mosaicdiff calibrate`, but it holds none. "
@@ -161,36 +189,43 @@ def _from_description(path: Path, values: dict[str, Any], names: set[str]) -> Ca
         steps=tuple(values["steps"]),
         layers=layers,
         power=values["power"],
-        statistics=[_FileBin(path, k, layers, names) for k in range(count)],
+        statistics=[_FileBin(path, k, layers, names, values["digests"]) for k in range(count)],
         made_for=values["made_for"],
         weights=values["weights"],
         changes=values["changes"],
-        curves=[_read_curves(path, k, layers) for k in range(count)] if traced else None,
+        curves=[_read_curves(path, k, layers, values["digests"]) for k in range(count)]
+        if traced
+        else None,
         traced_with=values["traced_with"],
     )
 
 
 def _read_curves(
-    path: Path, index: int, layers: tuple[PrunableLayer, ...]
+    path: Path, index: int, layers: tuple[PrunableLayer, ...], digests: Mapping[str, str]
 ) -> dict[str, RemovalCurve]:
+    curves = {}
     with safe_open(path, framework="pt") as file:
-        return {
-            layer.name: RemovalCurve(
-                file.get_tensor(f"order.{index}.{layer.name}").long(),
-                file.get_tensor(f"losses.{index}.{layer.name}").numpy(),
-                float(file.get_tensor(f"damping.{index}.{layer.name}")),
+        for layer in layers:
+            order, losses, damping = (
+                _read(file, path, f"{part}.{index}.{layer.name}", digests)
+                for part in ("order", "losses", "damping")
             )
-            for layer in layers
-        }
+            curves[layer.name] = RemovalCurve(order.long(), losses.numpy(), float(damping))
+    return curves
 
 
 class _FileBin(Mapping[str, PackedStatistics]):
     """The statistics of one bin, read from the file when asked for."""
 
     def __init__(
-        self, path: Path, index: int, layers: tuple[PrunableLayer, ...], names: set[str]
+        self,
+        path: Path,
+        index: int,
+        layers: tuple[PrunableLayer, ...],
+        names: set[str],
+        digests: Mapping[str, str],
     ) -> None:
-        self._path, self._index = path, index
+        self._path, self._index, self._digests = path, index, digests
         self._readers = [layer.reader for layer in layers]
         for reader in self._readers:
             if f"hessian.{index}.{reader}" not in names:
@@ -201,11 +236,11 @@ class _FileBin(Mapping[str, PackedStatistics]):
 
     def __getitem__(self, reader: str) -> PackedStatistics:
         with safe_open(self._path, framework="pt") as file:
-            return PackedStatistics(
-                file.get_tensor(f"hessian.{self._index}.{reader}"),
-                file.get_tensor(f"mean.{self._index}.{reader}"),
-                float(file.get_tensor(f"weight.{self._index}.{reader}")),
+            hessian, mean, weight = (
+                _read(file, self._path, f"{part}.{self._index}.{reader}", self._digests)
+                for part in ("hessian", "mean", "weight")
             )
+        return PackedStatistics(hessian, mean, float(weight))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._readers)

@@ -22,7 +22,7 @@ def allowed_levels(layer: PrunableLayer, config: PruneConfig) -> list[int]:
     Kept neurons are a multiple of `round_to`, or all of them, and not fewer than the least.
 
     Raises:
-        ValueError: the least is more than the layer has.
+        ValueError: the least, or the multiple, is more than the layer has.
     """
     heads = layer.kind == "heads"
     least = config.least_heads if heads else config.least_neurons
@@ -30,6 +30,11 @@ def allowed_levels(layer: PrunableLayer, config: PruneConfig) -> list[int]:
         raise ValueError(
             f"prune: least_{layer.kind} must be at most {layer.groups}, the {layer.kind} of "
             f"{layer.name}, got {least}."
+        )
+    if not heads and config.round_to > layer.groups:
+        raise ValueError(
+            f"prune: round_to must be at most {layer.groups}, the neurons of {layer.name}, got "
+            f"{config.round_to}. Take a divisor of that, e.g. 64."
         )
     if is_kept_whole(layer, config):
         return [0]

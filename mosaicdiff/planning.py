@@ -207,7 +207,8 @@ def effort_bounds(
         low, high = (describe_cost(budget.unit, value) for value in (least, dense))
         raise ValueError(
             f"prune: {budget.unit} must be between {low} (all that may go) and {high} (dense) "
-            f"with these settings, got {describe_cost(budget.unit, wanted)}."
+            f"with these settings, got {describe_cost(budget.unit, wanted)}. Ask for something "
+            "between them, or leave less whole."
         )
 
 

@@ -103,7 +103,7 @@ class PruneReport:
     def layer_table(self) -> Table:
         """Draw one line a layer: groups kept and error in each stage."""
         table = Table(title="kept of each layer (error of its output)")
-        table.add_column("layer")
+        table.add_column("layer", overflow="fold")
         table.add_column("dense", justify="right")
         for stage in self.stages:
             table.add_column(stage.name, justify="right")

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     )
 )
 @click.argument("model")
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="New folder.")
+@click.option("--output", type=click.Path(path_type=Path), help="New folder.")
 @budget_options
 @allocation_options
 @calibration_options
@@ -73,14 +73,17 @@ def prune(context: click.Context, as_json: bool, **options: Any) -> None:
     At most one budget is given: --sparsity, --macs, --params, --size, --latency or --quality.
     """
     config = read_config(context, options)
-    output: Path = options["output"]
+    output: Path = options["output"] or Path("nowhere")
+    if options["output"] is None and not options["dry_run"]:
+        raise ValueError("--output must name a new folder, got nothing. Or look with --dry-run.")
     device = pick_device(options["device"])
     dtype = pick_dtype(options["dtype"], device)
     from ..files import check_output_folder, whole_folder
     from ..pipeline import prune as run
     from ..sources import DIGITS, load_pipeline
 
-    check_output_folder(output, options["overwrite"])
+    if options["output"] is not None:
+        check_output_folder(output, options["overwrite"])
     calibration, measured = options["calibration"], options["measured"]
     check_calibration(calibration)
     pipe = load_pipeline(options["model"], dtype, device)
@@ -90,6 +93,8 @@ def prune(context: click.Context, as_json: bool, **options: Any) -> None:
     state = options["search_state"]
     if config.allocation == "evolutionary" and state is None:
         state = output.with_name(output.name + ".search.json")
+    if state is not None and state.is_file():
+        click.echo(f"going on with the search in {state}", err=True)
     with told_progress() as tell:
         result = run(
             pipe, config, calibration=calibration, measured=measured, search_state=state,
@@ -125,7 +130,8 @@ def _print_report(report: PruneReport, config: PruneConfig, output: Path) -> Non
         found = (
             "" if search is None
             else f"; the search went from {search['start']:.4g} to {search['best']:.4g} in "
-            f"{search['evaluations']} evaluations, {search['seconds']:.0f} s"
+            f"{search['evaluations']} evaluations, {search['generations']} generations, "
+            f"{search['seconds']:.0f} s"
         )  # fmt: skip
         out.print(
             f"{decision.allocation} allocation, {decision.budget} asked, {reached} reached{found}",

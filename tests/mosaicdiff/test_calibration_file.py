@@ -183,6 +183,15 @@ def test_another_file_is_refused(file, tmp_path, spoil, message):
         prune(tmp_path / "other.cal")
 
 
+def test_one_changed_bit_is_refused_by_name(file, tmp_path):
+    raw = bytearray(file.read_bytes())
+    length = int.from_bytes(raw[:8], "little")
+    raw[8 + length + 4096] ^= 1
+    (tmp_path / "flipped").write_bytes(raw)
+    with pytest.raises(ValueError, match=r"flipped must be as it was written.*Calibrate again"):
+        prune(tmp_path / "flipped")
+
+
 def test_stages_must_be_made_of_whole_bins(file):
     edges = [stage.first for stage in load_calibration_file(file).division.stages]
     had = ",".join(str(edge) for edge in sorted(edges)[1:])

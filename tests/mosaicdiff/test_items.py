@@ -24,7 +24,7 @@ LAYERS = [
 SMALL = {"samples": 32, "steps": 20}
 
 
-@given(st.integers(1, 120), st.integers(0, 100))
+@given(st.integers(1, 100), st.integers(0, 100))
 def test_kept_neurons_are_multiples_of_enough(unit, least):
     removed = allowed_levels(NEURONS, PruneConfig(round_to=unit, least_neurons=least))
     kept = [100 - n for n in removed]
@@ -189,3 +189,8 @@ def test_a_nested_choice_keeps_some_of_what_others_keep(allocation):
         assert sets[0] <= sets[1] <= sets[2]
         differing += len(sets[0]) < len(sets[2])
     assert differing
+
+
+def test_a_multiple_of_more_than_there_is_is_refused():
+    with pytest.raises(ValueError, match="round_to must be at most 100.*got 101.*divisor"):
+        allowed_levels(NEURONS, PruneConfig(round_to=101))
