@@ -24,7 +24,7 @@ FORMAT_VERSION = 1
 #: Settings that the statistics depend on, and those that the traced curves depend on too.
 _MEASURED_WITH = ("samples", "seed", "null_share")
 #: What a tensor takes in the header: place, shape, digest, and its name twice.
-_ENTRY_BYTES = 150
+_ENTRY_BYTES = 110
 TRACED_WITH = ("criterion", "compensation", "damping", "choice", "seed")
 
 
@@ -129,11 +129,14 @@ def _read(file: Any, path: Path, name: str, digests: Mapping[str, str]) -> torch
     return tensor
 
 
-def stated_bytes(layers: tuple[PrunableLayer, ...], bins: int) -> int:
-    """Return about how large the file of so many bins will be."""
-    curves = sum(12 * layer.groups for layer in layers)
-    header = sum(6 * _ENTRY_BYTES + 3 * (len(layer.reader) + len(layer.name)) for layer in layers)
-    return packed_bytes(layers, bins) + bins * (curves + header)
+def stated_bytes(layers: tuple[PrunableLayer, ...], bins: int, traced: bool = True) -> int:
+    """Return about how large the file of so many bins will be, with or without curves."""
+    total = packed_bytes(layers, bins)
+    for layer in layers:
+        total += 3 * bins * (_ENTRY_BYTES + 2 * len(layer.reader))
+        if traced:
+            total += bins * (12 * layer.groups + 3 * (_ENTRY_BYTES + 2 * len(layer.name)))
+    return total
 
 
 def load_calibration_file(path: str | Path) -> Calibration:

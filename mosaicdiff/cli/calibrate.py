@@ -68,7 +68,7 @@ def calibrate(context: click.Context, as_json: bool, **options: Any) -> None:
 
     pipe = load_pipeline(options["model"], dtype, device)
     job = prepare(pipe, config, None, options["calibration"])
-    stated = stated_bytes(job.layers, len(job.frame.division))
+    stated = stated_bytes(job.layers, len(job.frame.division), traced=config.stage_count != "auto")
     values = {
         "output": str(output),
         "bins": [stage.first for stage in job.frame.division.stages],
