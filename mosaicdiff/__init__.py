@@ -6,27 +6,40 @@
 Importing this package also lets plain diffusers load what it saved.
 """
 
+from .budget import Budget
+from .calibration import Calibration
+from .calibration_file import load_calibration_file, save_calibration
 from .config import PruneConfig
 from .integration import install as _install
-from .pipeline import PruneResult, plan, prune
+from .pipeline import PruneResult, calibrate, plan, prune
 from .runtime import StagedDenoiser
 from .schedule import NoiseSchedule
+from .search_config import SearchConfig
 from .sources import load_pipeline
 from .stages import Division, Stage, divide
+from .sweeping import FrontPoint, sweep
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Budget",
+    "Calibration",
     "Division",
+    "FrontPoint",
     "NoiseSchedule",
     "PruneConfig",
     "PruneResult",
+    "SearchConfig",
     "Stage",
     "StagedDenoiser",
+    "calibrate",
     "divide",
+    "load_calibration_file",
     "load_pipeline",
     "plan",
     "prune",
+    "save_calibration",
+    "sweep",
 ]
 
 _install()

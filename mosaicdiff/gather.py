@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import torch
 
-from .calibrate import CalibrationSet, collect_statistics
 from .calibration import Calibration, PackedStatistics
 from .calibration_file import TRACED_WITH, made_for
 from .config import PruneConfig
 from .curves import RemovalCurve
 from .depth import measure_changes
+from .noising import CalibrationSet, collect_statistics
 from .request import Job
 from .sensitivity import GAIN_SAMPLES, measure_weights, stage_gains
 from .solve import LayerProblem, trace_along, trace_layers

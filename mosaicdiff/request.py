@@ -10,13 +10,13 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from .adapters import Adapter, adapter_for
-from .calibrate import Batch, CalibrationSet
 from .calibration import Calibration
 from .calibration_file import check_made_for, load_calibration_file, made_for
 from .config import PruneConfig
 from .costs import CostModel, layer_sizes
 from .groups import Denoiser, PrunableLayer
 from .items import check_patterns
+from .noising import Batch, CalibrationSet
 from .planning import Frame, effort_bounds, make_frame, share_plan
 from .runtime import StagedDenoiser
 from .sources import DIGITS, find_denoiser, load_calibration, source_name

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from .adapters import Adapter
-from .calibrate import CalibrationSet, draw_noisy
 from .config import PruneConfig
 from .groups import PrunableLayer
+from .noising import CalibrationSet, draw_noisy
 from .schedule import NoiseSchedule
 from .stages import Stage
 from .trajectory import Probe

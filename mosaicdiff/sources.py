@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from . import digits
-from .calibrate import Batch
 from .groups import Denoiser
+from .noising import Batch
 from .runtime import StagedDenoiser
 
 #: Name of the embedded model, wherever a model is asked for.

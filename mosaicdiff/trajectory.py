@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .adapters import Adapter
-from .calibrate import CalibrationSet
+from .noising import CalibrationSet
 from .stages import Division
 
 #: Keeps the noise of measurements apart from that of calibration.

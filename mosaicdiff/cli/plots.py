@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from ..adapters import adapter_for
-from ..calibrate import add_noise
 from ..groups import Denoiser
+from ..noising import add_noise
 from ..schedule import NoiseSchedule
 from ..stages import Division
 

@@ -5,8 +5,8 @@ import torch
 
 from mosaicdiff import PruneConfig
 from mosaicdiff.adapters import adapter_for
-from mosaicdiff.calibrate import CalibrationSet, draw_noisy
 from mosaicdiff.depth import measure_changes
+from mosaicdiff.noising import CalibrationSet, draw_noisy
 from mosaicdiff.pipeline import calibrate, prune
 from mosaicdiff.planning import make_frame
 

@@ -6,7 +6,7 @@ import torch
 
 from mosaicdiff import PruneConfig
 from mosaicdiff.adapters import adapter_for
-from mosaicdiff.calibrate import CalibrationSet, draw_noisy
+from mosaicdiff.noising import CalibrationSet, draw_noisy
 from mosaicdiff.planning import make_frame
 from mosaicdiff.sensitivity import measure_weights, stage_gains
 from mosaicdiff.trajectory import Probe

@@ -13,7 +13,7 @@ from diffusers import (
 
 from mosaicdiff import PruneConfig
 from mosaicdiff.adapters import adapter_for
-from mosaicdiff.calibrate import CalibrationSet
+from mosaicdiff.noising import CalibrationSet
 from mosaicdiff.planning import make_frame
 from mosaicdiff.trajectory import Probe, latent_error, steps_in_order
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from mosaicdiff.adapters import adapter_for
-from mosaicdiff.calibrate import CalibrationSet, add_noise, collect_statistics
 from mosaicdiff.capture import capture_inputs
 from mosaicdiff.config import PruneConfig
+from mosaicdiff.noising import CalibrationSet, add_noise, collect_statistics
 from mosaicdiff.schedule import NoiseSchedule
 from mosaicdiff.stages import Stage
 
