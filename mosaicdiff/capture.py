@@ -1,4 +1,4 @@
-"""Watch the inputs of linear layers while a denoiser runs."""
+"""Watch the inputs of linear layers while a denoiser runs, and run it as in use."""
 
 from __future__ import annotations
 
@@ -29,3 +29,15 @@ def capture_inputs(
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def evaluating(denoiser: nn.Module) -> Iterator[None]:
+    """Put every module in evaluation mode, and back in its own mode afterwards."""
+    modes = [(module, module.training) for module in denoiser.modules()]
+    denoiser.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .budget import DEFAULT_SPARSITY, UNITS, Budget
+from .checks import require_choices, require_whole_numbers
 from .search_config import SearchConfig
 
 CRITERIA = ("obs", "magnitude", "wanda", "random")
@@ -184,20 +185,18 @@ class PruneConfig:
         _ = self.budget
 
     def _check_choices(self) -> None:
-        for name, choices in (
-            ("allocation", ALLOCATIONS),
-            ("criterion", CRITERIA),
-            ("compensation", COMPENSATIONS),
-            ("weighting", WEIGHTINGS),
-            ("choice", CHOICES),
-            ("granularity", GRANULARITIES),
-            ("depth_rank", DEPTH_RANKS),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"PruneConfig: {name} must be one of {', '.join(choices)}, "
-                    f"got {getattr(self, name)!r}."
-                )
+        require_choices(
+            self,
+            {
+                "allocation": ALLOCATIONS,
+                "criterion": CRITERIA,
+                "compensation": COMPENSATIONS,
+                "weighting": WEIGHTINGS,
+                "choice": CHOICES,
+                "granularity": GRANULARITIES,
+                "depth_rank": DEPTH_RANKS,
+            },
+        )
         whole = isinstance(self.stages, int) and not isinstance(self.stages, bool)
         if self.stages not in (None, "auto") and not (whole and int(self.stages) >= 1):
             raise ValueError(
@@ -243,24 +242,12 @@ class PruneConfig:
             )
 
     def _check_counts(self) -> None:
-        for name, least in (
-            ("steps", 1),
-            ("samples", 1),
-            ("batch_size", 1),
-            ("round_to", 1),
-            ("bins", 1),
-            ("max_stages", 1),
-            ("latency_batch", 1),
-            ("probe_samples", 1),
-            ("least_heads", 0),
-            ("least_neurons", 0),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(
-                    f"PruneConfig: {name} must be a whole number of at least {least}, "
-                    f"got {value!r}."
-                )
+        counts = (
+            "steps", "samples", "batch_size", "round_to", "bins", "max_stages", "latency_batch",
+            "probe_samples",
+        )  # fmt: skip
+        least = dict.fromkeys(counts, 1) | {"least_heads": 0, "least_neurons": 0}
+        require_whole_numbers(self, least)
         if not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(
                 f"PruneConfig: seed must be a whole number, not negative, got {self.seed!r}."

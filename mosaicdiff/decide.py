@@ -10,7 +10,7 @@ from typing import Any
 from .allocation import Allocator
 from .budget import TOLERANCE, Budget
 from .fit import Fitter
-from .gather import Progress
+from .gather import Progress, make_probe
 from .latency_budget import decide_by_latency
 from .planning import PrunePlan
 from .request import Job
@@ -69,16 +69,6 @@ def decide(
         return Decision(made, budget, reached, allocator.error(made), measured)
     made = allocator.meet(budget)
     return Decision(made, budget, allocator.cost(budget.unit, made), allocator.error(made))
-
-
-def make_probe(job: Job, purpose: str) -> Probe:
-    """Set up the noises that measured errors are taken over."""
-    data = job.require_data(purpose)
-    config = job.config
-    return Probe(
-        job.denoiser, job.adapter, job.scheduler, data, steps=config.steps,
-        samples=config.probe_samples, seed=config.seed,
-    )  # fmt: skip
 
 
 def measured_error(probe: Probe, fitter: Fitter, plan: PrunePlan) -> float:

@@ -33,19 +33,18 @@ class Fitter:
     Args:
         job: the request.
         measured: with curves.
-        remember_bytes: how much may be remembered; the longest unused goes first.
     """
 
-    def __init__(self, job: Job, measured: Calibration, remember_bytes: int = 0) -> None:
+    def __init__(self, job: Job, measured: Calibration) -> None:
         if measured.curves is None:
             raise ValueError("Fitter: measured must have curves, got none. Trace it first.")
         self._job, self._measured, self._curves = job, measured, measured.curves
-        self._limit, self._held = remember_bytes, 0
+        self._limit, self._held = 0, 0
         self._memory: OrderedDict[tuple[int, int, int], LayerSolution] = OrderedDict()
         self._networks: OrderedDict[tuple[int, tuple[int, ...]], nn.Module] = OrderedDict()
 
     def remember(self, limit: int) -> None:
-        """Allow so many bytes of solved layers to be kept."""
+        """Allow so many bytes of solved layers to be kept; the longest unused goes first."""
         self._limit = max(self._limit, limit)
 
     def solve(

@@ -8,7 +8,8 @@ from dataclasses import replace
 import torch
 
 from .calibration import Calibration, PackedStatistics
-from .calibration_file import TRACED_WITH, made_for
+from .calibration_file import TRACED_WITH
+from .capture import evaluating
 from .config import PruneConfig
 from .curves import RemovalCurve
 from .depth import measure_changes
@@ -29,9 +30,7 @@ def gather(job: Job, tell: Progress) -> Calibration:
     bins = job.frame.division.stages
     total, done = len(bins) * job.config.samples, 0
     statistics: list[dict[str, PackedStatistics]] = []
-    training = job.denoiser.training
-    job.denoiser.eval()
-    try:
+    with evaluating(job.denoiser):
         for bin_ in bins:
 
             def advance(rows: int, name: str = bin_.name) -> None:
@@ -55,11 +54,22 @@ def gather(job: Job, tell: Progress) -> Calibration:
             layers=job.layers,
             power=data.power,
             statistics=statistics,
-            made_for=made_for(job.denoiser, job.scheduler, job.config),
         )
         return with_extras(job, measured, data)
-    finally:
-        job.denoiser.train(training)
+
+
+def make_probe(job: Job, purpose: str, samples: int | None = None) -> Probe:
+    """Set up the noises that measured errors are taken over.
+
+    Args:
+        purpose: what needs them, for a message.
+        samples: how many; those of the configuration by default.
+    """
+    config = job.config
+    return Probe(
+        job.denoiser, job.adapter, job.scheduler, job.require_data(purpose), steps=config.steps,
+        samples=config.probe_samples if samples is None else samples, seed=config.seed,
+    )  # fmt: skip
 
 
 def with_extras(job: Job, measured: Calibration, data: CalibrationSet) -> Calibration:
@@ -69,7 +79,7 @@ def with_extras(job: Job, measured: Calibration, data: CalibrationSet) -> Calibr
         job.denoiser, job.adapter, job.layers, frame.division.stages, frame.schedule, data, config,
     )  # fmt: skip
     if weighting_of(config) != "raw":
-        measured = replace(measured, weights=_weights(job, arguments, data))
+        measured = replace(measured, weights=_weights(job, arguments))
     if config.granularity != "width" and config.depth_rank != "curve":
         measured = replace(measured, changes=measure_changes(*arguments))
     return measured
@@ -80,14 +90,11 @@ def weighting_of(config: PruneConfig) -> str:
     return config.weighting if config.allocation in ("optimal", "evolutionary") else "raw"
 
 
-def _weights(job: Job, arguments: tuple, data: CalibrationSet) -> dict[str, list[dict[str, float]]]:
+def _weights(job: Job, arguments: tuple) -> dict[str, list[dict[str, float]]]:
     weights = measure_weights(*arguments)
     if job.config.weighting == "sensitivity":
         return {"sensitivity": weights}
-    probe = Probe(
-        job.denoiser, job.adapter, job.scheduler, data, steps=job.config.steps,
-        samples=min(GAIN_SAMPLES, job.config.probe_samples), seed=job.config.seed,
-    )  # fmt: skip
+    probe = make_probe(job, "weights", min(GAIN_SAMPLES, job.config.probe_samples))
     gains = stage_gains(probe, job.denoiser, job.frame.steps)
     scaled = [
         {name: gain * weight for name, weight in row.items()}

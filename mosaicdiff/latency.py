@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from .adapters import Adapter, adapter_for
+from .capture import evaluating
 from .files import write_text
 from .groups import Denoiser, PrunableLayer
 from .timing import (
@@ -23,7 +24,6 @@ from .timing import (
     Timer,
     default_timer,
     dense_call,
-    evaluating,
     isotonic,
     layer_inputs,
     narrowed,

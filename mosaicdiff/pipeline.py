@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from .adapters import adapter_for
 from .allocation import Allocator
 from .calibration import Calibration
+from .calibration_file import made_for
 from .checkpoint import storage_of
 from .config import PruneConfig
 from .decide import Decision, decide
@@ -153,7 +154,8 @@ def calibrate(
 
 def calibrate_job(job: Job, tell: Progress) -> Calibration:
     """Calibrate a checked request; see `calibrate`."""
-    measured = gather(job, tell)
+    made = made_for(job.denoiser, job.scheduler, job.config)
+    measured = replace(gather(job, tell), made_for=made)
     return measured if job.config.stage_count == "auto" else trace(job, measured, tell)
 
 

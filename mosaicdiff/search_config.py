@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from .checks import require_choices, require_whole_numbers
+
 #: And `iqa:NAME`, a metric of the package pyiqa such as `iqa:topiq_nr`.
 FITNESSES = ("latent", "trajectory", "ssim")
 GENES = ("stages", "layers")
+WITHIN = ("optimal", "uniform")
 STARTS = ("optimal", "score")
 
 
@@ -52,15 +55,7 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "start", tuple(self.start))
-        for name, choices in (
-            ("genes", GENES),
-            ("within", ("optimal", "uniform")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"SearchConfig: {name} must be one of {', '.join(choices)}, "
-                    f"got {getattr(self, name)!r}."
-                )
+        require_choices(self, {"genes": GENES, "within": WITHIN})
         if self.fitness not in FITNESSES and not self.fitness.startswith("iqa:"):
             raise ValueError(
                 f"SearchConfig: fitness must be one of {', '.join(FITNESSES)} or iqa:NAME, "
@@ -75,17 +70,8 @@ class SearchConfig:
                 f"SearchConfig: seconds must be more than 0, got {self.seconds}. "
                 "Leave it out to search for all generations."
             )
-        for name, least in (
-            ("generations", 0),
-            ("population", 1),
-            ("offspring", 1),
-            ("survivors", 1),
-            ("levels", 2),
-            ("max_levels", 1),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(
-                    f"SearchConfig: {name} must be a whole number of at least {least}, "
-                    f"got {value!r}."
-                )
+        least = {
+            "generations": 0, "population": 1, "offspring": 1, "survivors": 1, "levels": 2,
+            "max_levels": 1,
+        }  # fmt: skip
+        require_whole_numbers(self, least)

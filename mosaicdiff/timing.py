@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -151,18 +150,6 @@ def narrowed(denoiser: Denoiser, adapter: Adapter, layer: PrunableLayer, kept: i
     groups = torch.arange(kept)
     adapter.replace(builder, layer, narrow_parts(dense_parts(denoiser, layer), layer, groups), kept)
     return builder.root.get_submodule(layer.name)
-
-
-@contextmanager
-def evaluating(denoiser: nn.Module) -> Iterator[None]:
-    """Put every module in evaluation mode, and back in its own mode afterwards."""
-    modes = [(module, module.training) for module in denoiser.modules()]
-    denoiser.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _spend_cpu(call: Call, count: int, device: torch.device) -> float:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from .adapters import Adapter
+from .capture import evaluating
 from .noising import CalibrationSet
 from .stages import Division
 
@@ -85,14 +86,10 @@ class Probe:
     def advance(self, state: RunState, network: Any, count: int, visit: bool = False) -> RunState:
         """Take `count` steps with one network; the state given stays as it is."""
         # In training a denoiser may drop labels at random.
-        training = self._denoiser.training
-        self._denoiser.eval()
-        if isinstance(network, nn.Module):
-            network.eval()
-        try:
+        with evaluating(self._denoiser):
+            if isinstance(network, nn.Module):
+                network.eval()
             return self._advance(state, network, count, visit)
-        finally:
-            self._denoiser.train(training)
 
     def _advance(self, state: RunState, network: Any, count: int, visit: bool) -> RunState:
         scheduler = copy.deepcopy(state.scheduler)

@@ -73,8 +73,8 @@ def prune(context: click.Context, as_json: bool, **options: Any) -> None:
     At most one budget is given: --sparsity, --macs, --params, --size, --latency or --quality.
     """
     config = read_config(context, options)
-    output: Path = options["output"] or Path("nowhere")
-    if options["output"] is None and not options["dry_run"]:
+    output: Path | None = options["output"]
+    if output is None and not options["dry_run"]:
         raise ValueError("--output must name a new folder, got nothing. Or look with --dry-run.")
     device = pick_device(options["device"])
     dtype = pick_dtype(options["dtype"], device)
@@ -82,12 +82,12 @@ def prune(context: click.Context, as_json: bool, **options: Any) -> None:
     from ..pipeline import prune as run
     from ..sources import DIGITS, load_pipeline
 
-    if options["output"] is not None:
+    if output is not None:
         check_output_folder(output, options["overwrite"])
     calibration, measured = options["calibration"], options["measured"]
     check_calibration(calibration)
     pipe = load_pipeline(options["model"], dtype, device)
-    if options["dry_run"]:
+    if options["dry_run"] or output is None:
         _dry_run(pipe, config, calibration, measured, as_json)
         return
     state = options["search_state"]

@@ -21,7 +21,7 @@ from ..config import (
     WEIGHTINGS,
     PruneConfig,
 )
-from ..search_config import FITNESSES, GENES, STARTS, SearchConfig
+from ..search_config import FITNESSES, GENES, STARTS, WITHIN, SearchConfig
 
 _DEFAULTS = PruneConfig()
 _SEARCH = SearchConfig()
@@ -157,7 +157,7 @@ search_options = _options(
         help="What gets a level: a stage, or every layer of every stage.",
     ),
     click.option(
-        "--search-within", type=click.Choice(("optimal", "uniform")), default=_SEARCH.within,
+        "--search-within", type=click.Choice(WITHIN), default=_SEARCH.within,
         show_default=True, help="How the layers of a stage share its level.",
     ),
     click.option(

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..checks import require_whole_numbers
 from .state import Genome, State, load, save
 
 #: Draws for a genome not seen before, before one is given up; chosen.
@@ -54,13 +55,7 @@ class EvolutionSettings:
 
     def __post_init__(self) -> None:
         """Refuse what no search could use."""
-        for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(
-                    f"EvolutionSettings: {name} must be a whole number of at least {least}, "
-                    f"got {value!r}. Leave it out for the default."
-                )
+        require_whole_numbers(self, _LEAST, " Leave it out for the default.")
 
 
 @dataclass(frozen=True)

@@ -95,18 +95,12 @@ def search_plan(
     """Evolve plans that cost the same, and return the best and how it was found.
 
     Raises:
-        ValueError: the budget's unit does not add up over the layers, or the state on disk is
-            of another search.
+        ValueError: the state on disk is of another search.
 
     Source: Diff-ES (arXiv 2603.05105); levels of equal cost, seeds from `optimal`, candidates
     from trajectories and the sharing of beginnings are ours.
     """
     budget, search = job.config.budget, job.config.search
-    if budget.unit not in ("sparsity", "macs"):
-        raise ValueError(
-            f"search: budget must be a sparsity or macs with allocation 'evolutionary', got "
-            f"{budget}. Find the plan that meets it by 'optimal', then search at its sparsity."
-        )
     fitter.remember(_REMEMBER_BYTES)
     start = allocator.meet(budget, "optimal")
     genetics = Genetics(allocator, start, budget.unit)
