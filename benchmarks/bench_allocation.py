@@ -20,15 +20,15 @@ from rich.progress import Progress
 from benchmarks.bench_quality import Study
 from benchmarks.rows import RESULTS, provenance, read_rows, upsert_row
 from mosaicdiff import PruneConfig, prune
-from mosaicdiff.budget import Budget
-from mosaicdiff.decide import make_probe, measured_error
+from mosaicdiff.allocation.budget import Budget
+from mosaicdiff.allocation.decide import make_probe, measured_error
 from mosaicdiff.evaluate.sampling import balanced_labels
 from mosaicdiff.pipeline import calibrate, make_allocator
 from mosaicdiff.request import prepare
 from mosaicdiff.search_config import SearchConfig
-from mosaicdiff.segment import frame_of, stages_from_data
 from mosaicdiff.sources import load_pipeline
 from mosaicdiff.sweeping import sweep
+from mosaicdiff.trajectory.segment import frame_of, stages_from_data
 
 FILE = RESULTS / "allocation.csv"
 KEY = ("part", "sparsity", "allocation", "images", "seed")

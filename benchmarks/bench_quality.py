@@ -19,14 +19,14 @@ from rich.progress import Progress
 
 from benchmarks.rows import RESULTS, provenance, upsert_row
 from mosaicdiff import PruneConfig, prune
-from mosaicdiff.allocate import stage_shares
+from mosaicdiff.allocation.planning import step_scores
+from mosaicdiff.allocation.shares import stage_shares
 from mosaicdiff.evaluate import DigitsJudge, sample_images
 from mosaicdiff.evaluate.sampling import balanced_labels
 from mosaicdiff.pipeline import plan
-from mosaicdiff.planning import step_scores
-from mosaicdiff.schedule import NoiseSchedule, step_log_snr
 from mosaicdiff.sources import load_calibration, load_pipeline
-from mosaicdiff.stages import stage_means
+from mosaicdiff.trajectory.schedule import NoiseSchedule, step_log_snr
+from mosaicdiff.trajectory.stages import stage_means
 
 FILE = RESULTS / "quality.csv"
 KEY = (

@@ -6,18 +6,18 @@
 Importing this package also lets plain diffusers load what it saved.
 """
 
-from .budget import Budget
-from .calibration import Calibration
-from .calibration_file import load_calibration_file, save_calibration
+from .allocation.budget import Budget
 from .config import PruneConfig
 from .integration import install as _install
 from .pipeline import PruneResult, calibrate, plan, prune
 from .runtime import StagedDenoiser
-from .schedule import NoiseSchedule
 from .search_config import SearchConfig
 from .sources import load_pipeline
-from .stages import Division, Stage, divide
+from .statistics.calibration import Calibration
+from .statistics.calibration_file import load_calibration_file, save_calibration
 from .sweeping import FrontPoint, sweep
+from .trajectory.schedule import NoiseSchedule
+from .trajectory.stages import Division, Stage, divide
 
 __version__ = "0.1.0"
 

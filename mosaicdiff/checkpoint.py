@@ -17,7 +17,7 @@ from .files import current_umask, whole_folder, write_text
 from .groups import PrunableLayer
 from .pack import Parts, narrow_parts
 from .runtime import LayerState, StagedDenoiser, StageInfo
-from .stages import Division, Stage
+from .trajectory.stages import Division, Stage
 
 FORMAT_VERSION = 1
 CONFIG = "config.json"

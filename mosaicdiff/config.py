@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .budget import DEFAULT_SPARSITY, UNITS, Budget
+from .allocation.budget import DEFAULT_SPARSITY, UNITS, Budget
 from .checks import require_choices, require_whole_numbers
 from .search_config import SearchConfig
 
@@ -39,7 +39,7 @@ class PruneConfig:
         size: of the checkpoint's weights, e.g. `0.8x` or `1.2GB`.
         latency: of a call on this device, mean over the steps, e.g. `0.7x` or `25ms`.
         quality: the largest sparsity whose measured error stays under this (see
-            `trajectory.latent_error`).
+            `trajectory.probe.latent_error`).
         allocation: `optimal` takes from every layer of every stage what it loses least by;
             `score`, MosaicDiff's, gives each stage in proportion to 1 - its mean step score and
             all layers of a stage the same; `uniform` gives all stages the same; `evolutionary`

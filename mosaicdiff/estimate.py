@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 
 from .adapters import Adapter
-from .bank import HessianBank
-from .calibration import packed_bytes
 from .config import PruneConfig
 from .groups import Denoiser, PrunableLayer
+from .statistics.bank import HessianBank
+from .statistics.calibration import packed_bytes
 
 #: Elimination does little of its work as large products: seen at a quarter of the matmul rate.
 _ELIMINATION_SHARE = 0.25

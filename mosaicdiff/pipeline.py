@@ -13,22 +13,22 @@ import torch
 from diffusers import DiffusionPipeline
 
 from .adapters import adapter_for
-from .allocation import Allocator
-from .calibration import Calibration
-from .calibration_file import made_for
+from .allocation.allocator import Allocator
+from .allocation.decide import Decision, decide
+from .allocation.latency_budget import with_latencies
+from .allocation.planning import PrunePlan, make_frame, share_plan
 from .checkpoint import storage_of
 from .config import PruneConfig
-from .decide import Decision, decide
-from .fit import Fitter, Solutions, assemble, last_groups_removed
-from .gather import Progress, gather, trace, weights_of
 from .groups import Denoiser
-from .latency_budget import with_latencies
-from .planning import PrunePlan, make_frame, share_plan
 from .report import DecisionReport, LayerReport, PruneReport, StageReport
 from .request import CalibrationSource, Job, prepare
 from .runtime import StagedDenoiser
-from .segment import settle_stages
+from .solving.fit import Fitter, Solutions, assemble, last_groups_removed
 from .sources import source_name
+from .statistics.calibration import Calibration
+from .statistics.calibration_file import made_for
+from .statistics.gather import Progress, gather, trace, weights_of
+from .trajectory.segment import settle_stages
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,16 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from .adapters import Adapter, adapter_for
-from .calibration import Calibration
-from .calibration_file import check_made_for, load_calibration_file, made_for
+from .allocation.costs import CostModel, layer_sizes
+from .allocation.items import check_patterns
+from .allocation.planning import Frame, effort_bounds, make_frame, share_plan
 from .config import PruneConfig
-from .costs import CostModel, layer_sizes
 from .groups import Denoiser, PrunableLayer
-from .items import check_patterns
-from .noising import Batch, CalibrationSet
-from .planning import Frame, effort_bounds, make_frame, share_plan
 from .runtime import StagedDenoiser
 from .sources import DIGITS, find_denoiser, load_calibration, source_name
+from .statistics.calibration import Calibration
+from .statistics.calibration_file import check_made_for, load_calibration_file, made_for
+from .statistics.noising import Batch, CalibrationSet
 
 #: What clean latents may be handed over as.
 CalibrationSource = str | Path | Iterable[Batch] | None

@@ -12,10 +12,10 @@ from diffusers import ConfigMixin, ModelMixin
 from torch import nn
 
 from .adapters import Adapter, adapter_for_class
-from .clock import StageClock
 from .groups import Macs, PrunableLayer
 from .pack import Parts, StageBuilder
-from .stages import Division
+from .trajectory.clock import StageClock
+from .trajectory.stages import Division
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from torch import nn
 
 from . import digits
 from .groups import Denoiser
-from .noising import Batch
 from .runtime import StagedDenoiser
+from .statistics.noising import Batch
 
 #: Name of the embedded model, wherever a model is asked for.
 DIGITS = "digits"

@@ -9,15 +9,15 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from .budget import UNITS, Budget
-from .calibration import Calibration
+from .allocation.budget import UNITS, Budget
+from .allocation.decide import make_probe, measured_error
+from .allocation.planning import effort_bounds
 from .config import PruneConfig
-from .decide import make_probe, measured_error
-from .gather import Progress, gather
 from .groups import Denoiser
 from .pipeline import make_allocator
-from .planning import effort_bounds
 from .request import CalibrationSource, prepare
+from .statistics.calibration import Calibration
+from .statistics.gather import Progress, gather
 
 #: Solved layers that are kept from one budget for the next.
 _REMEMBER_BYTES = 1 << 30

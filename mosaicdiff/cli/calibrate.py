@@ -61,10 +61,10 @@ def calibrate(context: click.Context, as_json: bool, **options: Any) -> None:
     check_calibration(options["calibration"])
     device = pick_device(options["device"])
     dtype = pick_dtype(options["dtype"], device)
-    from ..calibration_file import save_calibration, stated_bytes
     from ..pipeline import calibrate_job
     from ..request import prepare
     from ..sources import load_pipeline
+    from ..statistics.calibration_file import save_calibration, stated_bytes
 
     pipe = load_pipeline(options["model"], dtype, device)
     job = prepare(pipe, config, None, options["calibration"])

@@ -11,9 +11,9 @@ import torch
 
 from ..adapters import adapter_for
 from ..groups import Denoiser
-from ..noising import add_noise
-from ..schedule import NoiseSchedule
-from ..stages import Division
+from ..statistics.noising import add_noise
+from ..trajectory.schedule import NoiseSchedule
+from ..trajectory.stages import Division
 
 if TYPE_CHECKING:
     from ..sweeping import FrontPoint

@@ -34,9 +34,9 @@ from .request_options import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from ..planning import PrunePlan
+    from ..allocation.planning import PrunePlan
     from ..report import PruneReport
-    from ..stages import Division
+    from ..trajectory.stages import Division
 
 
 @click.command(
@@ -118,7 +118,7 @@ def _print_report(report: PruneReport, config: PruneConfig, output: Path) -> Non
     out.print(report.stage_table(), report.layer_table())
     decision = report.decision
     if decision is not None and decision.reached is not None:
-        from ..costs import describe_cost
+        from ..allocation.costs import describe_cost
 
         unit = decision.budget.split()[0]
         reached = (

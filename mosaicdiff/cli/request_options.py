@@ -10,7 +10,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from ..budget import UNITS
+from ..allocation.budget import UNITS
 from ..config import (
     ALLOCATIONS,
     CHOICES,

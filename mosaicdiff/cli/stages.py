@@ -42,10 +42,10 @@ def stages(
     """
     if (model is None) == (schedule is None):
         raise ValueError("stages: give either MODEL or --schedule, and not both.")
+    from ..allocation.planning import step_scores
     from ..config import PruneConfig
-    from ..planning import step_scores
-    from ..schedule import NoiseSchedule, step_log_snr
-    from ..stages import divide, stage_means
+    from ..trajectory.schedule import NoiseSchedule, step_log_snr
+    from ..trajectory.stages import divide, stage_means
     from .plots import check_plot_file, draw_stages
 
     PruneConfig(threshold=threshold, snr_weight=snr_weight, steps=steps)

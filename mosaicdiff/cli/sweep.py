@@ -69,7 +69,7 @@ def sweep(context: click.Context, as_json: bool, **options: Any) -> None:
     if plot is not None:
         check_plot_file(plot)
     check_calibration(options["calibration"])
-    from ..budget import Budget
+    from ..allocation.budget import Budget
     from ..sources import load_pipeline
     from ..sweeping import sweep as run
 

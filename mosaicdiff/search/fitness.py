@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from ..allocation import Allocator
+from ..allocation.allocator import Allocator
+from ..allocation.planning import PrunePlan
 from ..evaluate.pictures import decode_latents, picture_metric, ssim
-from ..fit import Fitter
-from ..planning import PrunePlan
 from ..request import Job
-from ..trajectory import Probe, RunState, latent_error
+from ..solving.fit import Fitter
+from ..trajectory.probe import Probe, RunState, latent_error
 from .evolution import EvolutionSettings, Genome, Progress, evolve
 from .genes import Genetics
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..allocation import Allocator
-from ..optimal import Item, OptimalPath
-from ..planning import PrunePlan
+from ..allocation.allocator import Allocator
+from ..allocation.optimal import Item, OptimalPath
+from ..allocation.planning import PrunePlan
 from .evolution import Genome
 
 

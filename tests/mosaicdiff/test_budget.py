@@ -7,7 +7,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from mosaicdiff import PruneConfig
-from mosaicdiff.budget import TOLERANCE, UNITS, Budget, meet
+from mosaicdiff.allocation.budget import TOLERANCE, UNITS, Budget, meet
 
 
 @pytest.mark.parametrize(

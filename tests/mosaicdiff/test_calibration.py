@@ -5,14 +5,14 @@ import torch
 
 from mosaicdiff import PruneConfig
 from mosaicdiff.adapters import adapter_for
-from mosaicdiff.calibration import (
+from mosaicdiff.pipeline import calibrate
+from mosaicdiff.statistics.calibration import (
     PackedStatistics,
     pack_symmetric,
     packed_bytes,
     unpack_symmetric,
 )
-from mosaicdiff.pipeline import calibrate
-from mosaicdiff.stages import Division
+from mosaicdiff.trajectory.stages import Division
 
 from .conftest import linear_scheduler, tiny_batches, tiny_denoiser
 
@@ -53,7 +53,7 @@ def test_packed_statistics_are_as_large_as_is_said(bins):
 
 def joined(bins, groups):
     schedule_firsts = [bins.division.stages[group[-1]].first for group in groups]
-    from mosaicdiff.schedule import NoiseSchedule
+    from mosaicdiff.trajectory.schedule import NoiseSchedule
 
     schedule = NoiseSchedule.from_scheduler(linear_scheduler())
     return bins.merged(groups, Division.at_timesteps(schedule, schedule_firsts[:-1]))

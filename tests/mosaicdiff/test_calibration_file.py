@@ -11,9 +11,13 @@ from safetensors.torch import load_file, save_file
 
 import mosaicdiff
 from mosaicdiff import PruneConfig, calibration_file
-from mosaicdiff.calibration_file import load_calibration_file, save_calibration, stated_bytes
 from mosaicdiff.checkpoint import storage_of
 from mosaicdiff.pipeline import calibrate
+from mosaicdiff.statistics.calibration_file import (
+    load_calibration_file,
+    save_calibration,
+    stated_bytes,
+)
 
 from .conftest import linear_scheduler, tiny_batches, tiny_denoiser
 

@@ -138,9 +138,9 @@ def test_methods_keep_their_signatures_and_are_restored():
 
 
 def make_clock():
-    from mosaicdiff.clock import StageClock
-    from mosaicdiff.schedule import NoiseSchedule
-    from mosaicdiff.stages import divide
+    from mosaicdiff.trajectory.clock import StageClock
+    from mosaicdiff.trajectory.schedule import NoiseSchedule
+    from mosaicdiff.trajectory.stages import divide
 
     return StageClock(divide(NoiseSchedule.named("linear")))
 

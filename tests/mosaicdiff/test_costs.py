@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from mosaicdiff import PruneConfig
+from mosaicdiff.allocation.costs import describe_cost
+from mosaicdiff.allocation.planning import PrunePlan
 from mosaicdiff.checkpoint import storage_of, weights_name
-from mosaicdiff.costs import describe_cost
-from mosaicdiff.fit import assemble
 from mosaicdiff.pipeline import calibrate, make_allocator, prune
-from mosaicdiff.planning import PrunePlan
 from mosaicdiff.request import prepare
+from mosaicdiff.solving.fit import assemble
 
 from .conftest import linear_scheduler, tiny_batches, tiny_denoiser
 

@@ -5,10 +5,10 @@ import torch
 
 from mosaicdiff import PruneConfig
 from mosaicdiff.adapters import adapter_for
-from mosaicdiff.depth import measure_changes
-from mosaicdiff.noising import CalibrationSet, draw_noisy
+from mosaicdiff.allocation.planning import make_frame
 from mosaicdiff.pipeline import calibrate, prune
-from mosaicdiff.planning import make_frame
+from mosaicdiff.statistics.depth import measure_changes
+from mosaicdiff.statistics.noising import CalibrationSet, draw_noisy
 
 from .conftest import linear_scheduler, tiny_batches, tiny_denoiser
 

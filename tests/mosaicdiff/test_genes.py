@@ -11,7 +11,7 @@ import torch
 
 import mosaicdiff
 from mosaicdiff import PruneConfig
-from mosaicdiff.decide import make_probe, measured_error
+from mosaicdiff.allocation.decide import make_probe, measured_error
 from mosaicdiff.pipeline import calibrate, make_allocator
 from mosaicdiff.request import prepare
 from mosaicdiff.search.fitness import TrajectoryFitness

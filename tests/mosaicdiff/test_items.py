@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import mosaicdiff
 from mosaicdiff import PruneConfig
+from mosaicdiff.allocation.items import allowed_levels, check_patterns, make_items
 from mosaicdiff.groups import PrunableLayer
-from mosaicdiff.items import allowed_levels, check_patterns, make_items
 
 from .conftest import linear_scheduler, tiny_batches, tiny_denoiser
 

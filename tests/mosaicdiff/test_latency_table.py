@@ -10,10 +10,16 @@ import pytest
 import torch
 from torch import nn
 
-import mosaicdiff.latency as latency
+import mosaicdiff.allocation.latency as latency
 from mosaicdiff.adapters import adapter_for
-from mosaicdiff.latency import LatencyTable, latency_table, measure_table, shape_of
-from mosaicdiff.timing import LEAST_MILLISECONDS, MOST_CALLS, default_timer, isotonic, widths
+from mosaicdiff.allocation.latency import LatencyTable, latency_table, measure_table, shape_of
+from mosaicdiff.allocation.timing import (
+    LEAST_MILLISECONDS,
+    MOST_CALLS,
+    default_timer,
+    isotonic,
+    widths,
+)
 
 from .conftest import tiny_denoiser
 
@@ -266,7 +272,7 @@ def test_short_calls_are_timed_in_a_row(monkeypatch):
         made.append(seconds)
         now[0] += seconds
 
-    monkeypatch.setattr("mosaicdiff.timing.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("mosaicdiff.allocation.timing.time.perf_counter", lambda: now[0])
     timer = default_timer(torch.device("cpu"))
     assert timer(lambda: spend(0.25)) == 250 and len(made) == 1
     made.clear()

@@ -8,7 +8,7 @@ import torch
 
 import mosaicdiff
 from mosaicdiff import PruneConfig, latency_budget
-from mosaicdiff.decide import make_probe
+from mosaicdiff.allocation.decide import make_probe
 from mosaicdiff.request import prepare
 
 from .commands import refused, run_json

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from mosaicdiff.adapters import adapter_for
-from mosaicdiff.capture import capture_inputs
 from mosaicdiff.config import PruneConfig
-from mosaicdiff.noising import CalibrationSet, add_noise, collect_statistics
-from mosaicdiff.schedule import NoiseSchedule
-from mosaicdiff.stages import Stage
+from mosaicdiff.statistics.capture import capture_inputs
+from mosaicdiff.statistics.noising import CalibrationSet, add_noise, collect_statistics
+from mosaicdiff.trajectory.schedule import NoiseSchedule
+from mosaicdiff.trajectory.stages import Stage
 
 from .conftest import tiny_batches, tiny_denoiser
 

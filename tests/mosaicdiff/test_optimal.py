@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mosaicdiff.optimal import Item, OptimalPath, lower_hull
+from mosaicdiff.allocation.optimal import Item, OptimalPath, lower_hull
 
 STAGES, LAYERS = 2, 3
 #: Of savings, as a share of all there is: what is smaller counts as rounding.

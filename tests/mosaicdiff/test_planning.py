@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 import mosaicdiff
 from mosaicdiff import PruneConfig
 from mosaicdiff.adapters import adapter_for
-from mosaicdiff.planning import equal_division, make_frame, most_sparsity, share_plan
-from mosaicdiff.schedule import NoiseSchedule
+from mosaicdiff.allocation.planning import equal_division, make_frame, most_sparsity, share_plan
+from mosaicdiff.trajectory.schedule import NoiseSchedule
 
 from .conftest import linear_scheduler, tiny_batches, tiny_denoiser
 

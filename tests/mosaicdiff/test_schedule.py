@@ -14,7 +14,12 @@ from diffusers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mosaicdiff.schedule import LOG_SNR_LIMIT, NAMED_SCHEDULES, NoiseSchedule, step_log_snr
+from mosaicdiff.trajectory.schedule import (
+    LOG_SNR_LIMIT,
+    NAMED_SCHEDULES,
+    NoiseSchedule,
+    step_log_snr,
+)
 
 
 @pytest.mark.parametrize("name", NAMED_SCHEDULES)

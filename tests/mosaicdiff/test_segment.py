@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mosaicdiff import PruneConfig
+from mosaicdiff.allocation.planning import make_frame
 from mosaicdiff.pipeline import calibrate, make_allocator, prune
-from mosaicdiff.planning import make_frame
 from mosaicdiff.request import prepare
-from mosaicdiff.segment import best_partitions, stages_from_data
-from mosaicdiff.stages import Division
+from mosaicdiff.trajectory.segment import best_partitions, stages_from_data
+from mosaicdiff.trajectory.stages import Division
 
 from .conftest import linear_scheduler, tiny_batches, tiny_denoiser
 
@@ -105,7 +105,7 @@ def test_stages_from_the_data_lose_no_more_than_those_of_the_closed_form(bins):
 def test_stages_that_gain_too_little_are_left_out(bins, monkeypatch):
     counts = []
     for gain in (1.0, 0.0):
-        monkeypatch.setattr("mosaicdiff.segment.GAIN", gain)
+        monkeypatch.setattr("mosaicdiff.trajectory.segment.GAIN", gain)
         allocator, _ = make_allocator(request(bins, **AUTO), bins, silent)
         counts.append(len(allocator.frame.division))
     assert counts == [1, 4]

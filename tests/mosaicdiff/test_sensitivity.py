@@ -6,10 +6,10 @@ import torch
 
 from mosaicdiff import PruneConfig
 from mosaicdiff.adapters import adapter_for
-from mosaicdiff.noising import CalibrationSet, draw_noisy
-from mosaicdiff.planning import make_frame
-from mosaicdiff.sensitivity import measure_weights, stage_gains
-from mosaicdiff.trajectory import Probe
+from mosaicdiff.allocation.planning import make_frame
+from mosaicdiff.statistics.noising import CalibrationSet, draw_noisy
+from mosaicdiff.statistics.sensitivity import measure_weights, stage_gains
+from mosaicdiff.trajectory.probe import Probe
 
 from .conftest import linear_scheduler, tiny_batches, tiny_denoiser
 

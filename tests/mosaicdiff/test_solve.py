@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from mosaicdiff.bank import HessianBank, Statistics
 from mosaicdiff.groups import PrunableLayer
-from mosaicdiff.solve import LayerProblem, fit_layer, trace_along, trace_layers
+from mosaicdiff.solving.solve import LayerProblem, fit_layer, trace_along, trace_layers
+from mosaicdiff.statistics.bank import HessianBank, Statistics
 
 REMOVE = 4
 

@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mosaicdiff.schedule import NAMED_SCHEDULES, NoiseSchedule
-from mosaicdiff.stages import Division, divide, stage_means
+from mosaicdiff.trajectory.schedule import NAMED_SCHEDULES, NoiseSchedule
+from mosaicdiff.trajectory.stages import Division, divide, stage_means
 
 # First and last t (counted from 1) of the middle stage, from the formulas.
 REFERENCE = [

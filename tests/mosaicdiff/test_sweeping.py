@@ -8,7 +8,7 @@ import torch
 
 import mosaicdiff
 from mosaicdiff import PruneConfig
-from mosaicdiff.budget import Budget
+from mosaicdiff.allocation.budget import Budget
 from mosaicdiff.sweeping import sweep
 
 from .commands import refused, run, run_json

@@ -7,9 +7,9 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
-from .config import PruneConfig
-from .curves import RemovalCurve
-from .groups import PrunableLayer
+from ..config import PruneConfig
+from ..groups import PrunableLayer
+from ..solving.curves import RemovalCurve
 from .optimal import Item
 
 #: For each stage, of each layer: the squared error at 0..groups removed.

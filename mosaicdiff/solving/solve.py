@@ -10,9 +10,9 @@ import torch
 
 from mosaic_kernels import cholesky_inverse, compensate, prune_columns
 
-from .bank import Statistics
+from ..groups import PrunableLayer
+from ..statistics.bank import Statistics
 from .curves import RemovalCurve, losses_along
-from .groups import PrunableLayer
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapters import Adapter
+from ..adapters import Adapter
+from ..config import PruneConfig
+from ..groups import PrunableLayer
+from ..trajectory.schedule import NoiseSchedule
+from ..trajectory.stages import Stage
 from .bank import HessianBank
 from .capture import capture_inputs
-from .config import PruneConfig
-from .groups import PrunableLayer
-from .schedule import NoiseSchedule
-from .stages import Stage
 
 #: Clean latents (B, C, H, W) and the denoiser's other inputs, each with B rows.
 Batch = tuple[torch.Tensor, dict[str, Any]]

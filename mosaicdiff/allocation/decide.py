@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .allocation import Allocator
+from ..request import Job
+from ..search.fitness import search_plan
+from ..solving.fit import Fitter
+from ..statistics.gather import Progress, make_probe
+from ..trajectory.probe import Probe
+from .allocator import Allocator
 from .budget import TOLERANCE, Budget
-from .fit import Fitter
-from .gather import Progress, make_probe
 from .latency_budget import decide_by_latency
 from .planning import PrunePlan
-from .request import Job
-from .search.fitness import search_plan
-from .trajectory import Probe
 
 #: Prunings that a quality budget may measure.
 _MEASUREMENTS = 14

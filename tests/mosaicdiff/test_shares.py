@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mosaicdiff.allocate import layer_counts, score_give, stage_shares
+from mosaicdiff.allocation.shares import layer_counts, score_give, stage_shares
 from mosaicdiff.groups import PrunableLayer
 
 STAGES = st.integers(1, 6).flatmap(

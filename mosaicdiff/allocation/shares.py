@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .groups import PrunableLayer
+from ..groups import PrunableLayer
 
 
 def stage_shares(

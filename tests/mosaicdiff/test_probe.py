@@ -13,9 +13,9 @@ from diffusers import (
 
 from mosaicdiff import PruneConfig
 from mosaicdiff.adapters import adapter_for
-from mosaicdiff.noising import CalibrationSet
-from mosaicdiff.planning import make_frame
-from mosaicdiff.trajectory import Probe, latent_error, steps_in_order
+from mosaicdiff.allocation.planning import make_frame
+from mosaicdiff.statistics.noising import CalibrationSet
+from mosaicdiff.trajectory.probe import Probe, latent_error, steps_in_order
 
 from .conftest import linear_scheduler, tiny_batches, tiny_denoiser
 

@@ -15,10 +15,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from .adapters import Adapter, adapter_for
-from .capture import evaluating
-from .files import write_text
-from .groups import Denoiser, PrunableLayer
+from ..adapters import Adapter, adapter_for
+from ..files import write_text
+from ..groups import Denoiser, PrunableLayer
+from ..statistics.capture import evaluating
 from .timing import (
     Call,
     Timer,

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from ..groups import PrunableLayer
+from ..solving.curves import RemovalCurve
+from ..trajectory.stages import Division
 from .bank import Statistics
-from .curves import RemovalCurve
-from .groups import PrunableLayer
-from .stages import Division
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,8 @@ class Calibration:
         made_for: what the statistics depend on; another model or other settings refuse them.
         weights: by weighting (`sensitivity`, `trajectory`), where it was measured: for each bin,
             by layer name, how much an error of the layer's output counts.
-        changes: for each bin, by layer or block name: what dropping it changes (`depth`), where
-            it was measured.
+        changes: for each bin, by layer or block name: what dropping it changes (see
+            `statistics.depth`), where it was measured.
         curves: for each bin, by layer name, where they were traced; `traced_with` says how.
     """
 

@@ -8,15 +8,15 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from .adapters import Adapter
-from .calibration import Calibration
-from .config import PruneConfig
-from .gather import problem_of
-from .groups import Denoiser, PrunableLayer
-from .pack import Parts, StageBuilder, dense_parts, narrow_parts
-from .planning import PrunePlan
-from .request import Job
-from .runtime import LayerState, StagedDenoiser, StageInfo
+from ..adapters import Adapter
+from ..allocation.planning import PrunePlan
+from ..config import PruneConfig
+from ..groups import Denoiser, PrunableLayer
+from ..pack import Parts, StageBuilder, dense_parts, narrow_parts
+from ..request import Job
+from ..runtime import LayerState, StagedDenoiser, StageInfo
+from ..statistics.calibration import Calibration
+from ..statistics.gather import problem_of
 from .solve import LayerSolution, fit_layer
 
 #: For each stage, the solutions of the layers that give something up, by name.

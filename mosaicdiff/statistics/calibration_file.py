@@ -13,12 +13,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..config import PruneConfig
+from ..files import current_umask
+from ..groups import Denoiser, PrunableLayer
+from ..solving.curves import RemovalCurve
+from ..trajectory.stages import Division, Stage
 from .calibration import Calibration, PackedStatistics, packed_bytes
-from .config import PruneConfig
-from .curves import RemovalCurve
-from .files import current_umask
-from .groups import Denoiser, PrunableLayer
-from .stages import Division, Stage
 
 FORMAT_VERSION = 1
 #: Settings that the statistics depend on, and those that the traced curves depend on too.

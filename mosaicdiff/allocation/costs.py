@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from .groups import Denoiser, Macs, PrunableLayer
+from ..groups import Denoiser, Macs, PrunableLayer
 
 #: Groups removed of each layer of each stage.
 Removed = Sequence[Sequence[int]]

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from .adapters import Adapter
-from .groups import Denoiser, PrunableLayer
-from .pack import StageBuilder, dense_parts, narrow_parts
+from ..adapters import Adapter
+from ..groups import Denoiser, PrunableLayer
+from ..pack import StageBuilder, dense_parts, narrow_parts
 
 #: Something to be timed.
 Call = Callable[[], Any]

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapters import Adapter
-from .capture import evaluating
-from .noising import CalibrationSet
+from ..adapters import Adapter
+from ..statistics.capture import evaluating
+from ..statistics.noising import CalibrationSet
 from .stages import Division
 
 #: Keeps the noise of measurements apart from that of calibration.

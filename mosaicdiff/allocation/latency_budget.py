@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from .allocation import Allocator
+from ..evaluate.latency import measure_latency
+from ..request import Job
+from ..solving.fit import assemble, last_groups_removed
+from ..statistics.gather import Progress
+from .allocator import Allocator
 from .budget import TOLERANCE, Budget
-from .evaluate.latency import measure_latency
-from .fit import assemble, last_groups_removed
-from .gather import Progress
 from .latency import LatencyTable, latency_table, shape_of
 from .planning import PrunePlan, effort_bounds
-from .request import Job
 
 #: Corrections of the prediction by a measurement, at most.
 _ROUNDS = 8

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from .allocate import layer_counts, score_give, stage_shares
+from ..config import PruneConfig
+from ..groups import PrunableLayer
+from ..trajectory.schedule import NoiseSchedule, step_log_snr
+from ..trajectory.stages import Division, divide, stage_means
 from .budget import TOLERANCE
-from .config import PruneConfig
 from .costs import CostModel, describe_cost
-from .groups import PrunableLayer
 from .items import allowed_levels
-from .schedule import NoiseSchedule, step_log_snr
-from .stages import Division, divide, stage_means
+from .shares import layer_counts, score_give, stage_shares
 
 
 @dataclass(frozen=True)

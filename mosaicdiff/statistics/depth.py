@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapters import Adapter
-from .config import PruneConfig
-from .groups import PrunableLayer
+from ..adapters import Adapter
+from ..config import PruneConfig
+from ..groups import PrunableLayer
+from ..trajectory.schedule import NoiseSchedule
+from ..trajectory.stages import Stage
 from .noising import CalibrationSet, draw_noisy
-from .schedule import NoiseSchedule
-from .stages import Stage
 
 
 def measure_changes(

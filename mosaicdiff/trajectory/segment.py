@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .calibration import Calibration
-from .gather import Progress, fit_to_frame, trace, weights_of
-from .items import allowed_levels, make_items, weighted_errors
-from .optimal import OptimalPath
-from .planning import Frame
-from .request import Job
+from ..allocation.items import allowed_levels, make_items, weighted_errors
+from ..allocation.optimal import OptimalPath
+from ..allocation.planning import Frame
+from ..request import Job
+from ..statistics.calibration import Calibration
+from ..statistics.gather import Progress, fit_to_frame, trace, weights_of
 from .stages import Division
 
 #: A further stage must take this share off the predicted error, for each costs storage.

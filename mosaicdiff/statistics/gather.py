@@ -7,18 +7,18 @@ from dataclasses import replace
 
 import torch
 
+from ..config import PruneConfig
+from ..request import Job
+from ..solving.curves import RemovalCurve
+from ..solving.solve import LayerProblem, trace_along, trace_layers
+from ..trajectory.probe import Probe
+from ..trajectory.stages import Division
 from .calibration import Calibration, PackedStatistics
 from .calibration_file import TRACED_WITH
 from .capture import evaluating
-from .config import PruneConfig
-from .curves import RemovalCurve
 from .depth import measure_changes
 from .noising import CalibrationSet, collect_statistics
-from .request import Job
 from .sensitivity import GAIN_SAMPLES, measure_weights, stage_gains
-from .solve import LayerProblem, trace_along, trace_layers
-from .stages import Division
-from .trajectory import Probe
 
 #: Called with (what is being done, how much is done, how much there is).
 Progress = Callable[[str, int, int], None]

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from ..config import PruneConfig
+from ..solving.curves import RemovalCurve
 from .budget import Budget, meet
-from .config import PruneConfig
 from .costs import CostModel, describe_cost
-from .curves import RemovalCurve
 from .items import Errors, make_items, weighted_errors
 from .optimal import OptimalPath
 from .planning import Frame, PrunePlan, most_sparsity, share_plan
@@ -105,7 +105,7 @@ class Allocator:
     def error(self, plan: PrunePlan) -> float:
         """Return the plan's predicted error: the layers' weighted errors, summed over the steps.
 
-        Weighted by `trajectory` it is an estimate of `trajectory.latent_error`, of the final
+        Weighted by `trajectory` it is an estimate of `trajectory.probe.latent_error`, of the final
         latents, as if the errors of layers and stages had nothing to do with each other. On
         `digits` it came out three to nine times too low (benchmarks.bench_allocation).
         """

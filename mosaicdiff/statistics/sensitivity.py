@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adapters import Adapter
-from .config import PruneConfig
-from .groups import PrunableLayer
+from ..adapters import Adapter
+from ..config import PruneConfig
+from ..groups import PrunableLayer
+from ..trajectory.probe import Probe
+from ..trajectory.schedule import NoiseSchedule
+from ..trajectory.stages import Stage
 from .noising import CalibrationSet, draw_noisy
-from .schedule import NoiseSchedule
-from .stages import Stage
-from .trajectory import Probe
 
 #: Of the noise that `stage_gains` adds to outputs of unit variance.
 _AMPLITUDE = 0.02

@@ -1,0 +1,1 @@
+"""Prune: what goes, and the refit of what remains."""

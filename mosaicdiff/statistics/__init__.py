@@ -1,0 +1,1 @@
+"""Calibrate: whose activations are seen, what is kept of them, and what they tell."""

@@ -1,0 +1,1 @@
+"""Divide: the noise schedule, its stages, and following a sampler through them."""
