@@ -138,10 +138,10 @@ def _union(
     kept: list[torch.Tensor],
 ) -> torch.Tensor | None:
     """Merge the stages' slices of a parameter; None where they disagree on a common group."""
-    if name == f"{layer.reader}.bias":
+    dim = layer.axis(name)
+    if dim is None:
         first = held[0][1]
         return first if all(torch.equal(first, t) for _, t in held[1:]) else None
-    dim = 1 if name == f"{layer.reader}.weight" else 0
     groups = _union_groups([kept[k] for k, _ in held])
     shape = list(held[0][1].shape)
     shape[dim] = len(groups) * layer.width
@@ -341,11 +341,11 @@ def _layer_state(
     for name in layer.parameters:
         if name not in config["storage"]:
             continue
-        bias_only = len(kept) == 0 and name != f"{layer.reader}.bias"
+        bias_only = len(kept) == 0 and layer.axis(name) is not None
         if bias_only:
             continue
         tensor = _stored(name, stage, config, tensors)
-        if config["storage"][name] == "union" and name != f"{layer.reader}.bias":
+        if config["storage"][name] == "union" and layer.axis(name) is not None:
             holders = [
                 _kept(info, k, layer)
                 for k in range(len(info.kept))

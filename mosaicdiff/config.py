@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from .allocation.budget import DEFAULT_SPARSITY, UNITS, Budget
-from .checks import require_choices, require_whole_numbers
+from .config_checks import check_config
+from .granularity import check_granularity, parse_pattern, removes_weights
 from .search_config import SearchConfig
+from .trajectory_config import TrajectoryConfig
 
-CRITERIA = ("obs", "magnitude", "wanda", "random")
-COMPENSATIONS = ("plain", "affine", "none")
-ALLOCATIONS = ("score", "uniform", "optimal", "evolutionary", "explicit")
-WEIGHTINGS = ("raw", "sensitivity", "trajectory")
-CHOICES = ("separate", "nested", "shared")
-GRANULARITIES = ("width", "layers", "blocks")
-DEPTH_RANKS = ("curve", "error", "cosine")
 #: Stages where none are asked for: those of Diff-ES for a search, of MosaicDiff otherwise.
 SEARCHED_STAGES, CLOSED_FORM_STAGES = 10, 3
+_SEQUENCES = ("stage_sparsity", "boundaries", "include", "exclude")
 
 
 @dataclass(frozen=True)
@@ -43,13 +38,16 @@ class PruneConfig:
         allocation: `optimal` takes from every layer of every stage what it loses least by;
             `score`, MosaicDiff's, gives each stage in proportion to 1 - its mean step score and
             all layers of a stage the same; `uniform` gives all stages the same; `evolutionary`
-            searches from `optimal` on (`search`); `explicit` takes the two fields below.
+            searches from `optimal` on (`search`); `explicit` takes the two fields below. None:
+            `uniform` where single weights go, `optimal` otherwise.
         stage_sparsity: one share for each stage, noisiest first.
-        layer_sparsity: shares for single layers, by layer name: one for each stage. Layers not
-            named take their stage's share.
+        layer_sparsity: shares for single layers (or, where single weights go, linears), by
+            pattern of their names; the last that matches counts. One for each stage, or one for
+            all. Layers that none names take their stage's share.
         stages: 3 (early, middle, late by the closed form; fewer where one is empty), another
             number (stages of equal sampling steps; 1 is one network), or `auto` (boundaries
-            from the data, up to `max_stages`). None: 10 for `evolutionary`, 3 otherwise.
+            from the data, up to `max_stages`). None: 10 for `evolutionary`, 1 where single
+            weights go, 3 otherwise.
         boundaries: explicit train timesteps instead of the closed form: a timestep at or above a
             boundary belongs to the noisier side. Any number of stages.
         bins: of `stages="auto"`: how many runs of equal sampling steps are calibrated, whose
@@ -58,8 +56,10 @@ class PruneConfig:
         threshold: M, the share of the largest score at which the middle stage begins.
         snr_weight: lambda, the weight of ln SNR in the score.
         max_sparsity: the most that one stage may give (benchmarks.bench_quality cap).
-        criterion: `obs`, or a baseline: `magnitude`, `wanda`, `random`.
+        criterion: `obs`, or a baseline: `magnitude`, `wanda`, `random`; and `dsnot` where single
+            weights go.
         compensation: `plain` least squares on what is kept, `affine` with a new bias, `none`.
+            Where single weights go, `obs` is `plain` and the baselines are `none`.
         steps: sampling steps that the plan is made for.
         samples: calibration samples drawn for each stage.
         batch_size: calibration samples run at once.
@@ -73,13 +73,26 @@ class PruneConfig:
         choice: `separate` groups in every stage; `nested`: a stage that keeps fewer keeps some
             of those that others keep; `shared`: the same groups in all stages, refitted for
             each. The last two store less. Not with the criterion `random`.
-        granularity: what goes at once: `width` heads and neurons, `layers` a whole attention or
-            FFN, `blocks` both together. `layers` and `blocks` need `optimal` or `evolutionary`.
+        granularity: what goes at once: `structured` heads and neurons, `layers` a whole
+            attention or FFN, `blocks` both together; `unstructured` single weights, `N:M` (2:4)
+            all but N of every M along a row: those leave shapes and dense time as they are.
+            `layers` and `blocks` need `optimal` or `evolutionary`.
         depth_rank: what whole layers or blocks are ranked by: `curve` their error when removed,
             `error` or `cosine` what they change of the residual stream.
         least_heads: that every attention of every stage keeps.
         least_neurons: that every FFN of every stage keeps.
-        keep: patterns (`*` and `?`) of names of layers that are left whole.
+        include: patterns (`*` and `?`) of names of layers (or linears, where single weights go)
+            that may be pruned; all where none is given.
+        exclude: patterns of those that are left whole; wins over `include`.
+        whole_ends: leave the first and the last block whole. None: where they have joint
+            attention and groups go, as OBS-Diff does.
+        activations: whose are seen: `noised` clean latents (MosaicDiff) or those of the pipeline
+            along its `trajectory` (OBS-Diff), which needs no pictures.
+        trajectory: of `activations="trajectory"`.
+        packages: parts of the network, in its order, of which each is calibrated with those before
+            it pruned; `auto`: as few as `memory` allows.
+        memory: bytes that calibrating and pruning a package may take beside the model and its
+            activations, e.g. `20GiB`.
         latency_batch: rows of a call for a latency budget.
         latency_table: file of layer timings to use instead of this device's own, which are
             measured once and kept in the user's cache.
@@ -96,9 +109,9 @@ class PruneConfig:
     size: float | str | None = None
     latency: float | str | None = None
     quality: float | str | None = None
-    allocation: str = "optimal"
+    allocation: str = ""
     stage_sparsity: tuple[float, ...] | None = None
-    layer_sparsity: Mapping[str, tuple[float, ...]] | None = None
+    layer_sparsity: Mapping[str, tuple[float, ...] | float] | None = None
     stages: int | str | None = None
     boundaries: tuple[int, ...] | None = None
     bins: int = 10
@@ -117,36 +130,47 @@ class PruneConfig:
     round_to: int = 1
     weighting: str = "trajectory"
     choice: str = "separate"
-    granularity: str = "width"
+    granularity: str = "structured"
     depth_rank: str = "curve"
     least_heads: int = 0
     least_neurons: int = 0
-    keep: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    whole_ends: bool | None = None
+    activations: str = "noised"
+    trajectory: TrajectoryConfig = TrajectoryConfig()
+    packages: int | str = 1
+    memory: int | str | None = None
     latency_batch: int = 1
     latency_table: str | None = None
     probe_samples: int = 32
     search: SearchConfig = SearchConfig()
 
     def __post_init__(self) -> None:
-        self._freeze_sequences()
-        self._check_budget()
-        self._check_choices()
-        self._check_shares()
-        self._check_counts()
-        self._check_explicit()
+        self._freeze()
+        check_config(self)
 
-    def _freeze_sequences(self) -> None:
-        for name in ("stage_sparsity", "boundaries", "keep"):
+    def _freeze(self) -> None:
+        for name in _SEQUENCES:
             value = getattr(self, name)
             if isinstance(value, str):
                 raise ValueError(f"PruneConfig: {name} must be a list, got {value!r}.")
             if value is not None:
                 object.__setattr__(self, name, tuple(value))
-        if isinstance(self.search, Mapping):
-            object.__setattr__(self, "search", SearchConfig(**self.search))
+        for name, kind in (("search", SearchConfig), ("trajectory", TrajectoryConfig)):
+            value = getattr(self, name)
+            if isinstance(value, Mapping):
+                object.__setattr__(self, name, kind(**value))
         if self.layer_sparsity is not None:
-            frozen = {name: tuple(shares) for name, shares in self.layer_sparsity.items()}
+            frozen = {
+                name: shares if isinstance(shares, (int, float)) else tuple(shares)
+                for name, shares in self.layer_sparsity.items()
+            }
             object.__setattr__(self, "layer_sparsity", frozen)
+        check_granularity(self.granularity)
+        if not self.allocation:
+            usual = "uniform" if self.removes_weights else "optimal"
+            object.__setattr__(self, "allocation", usual)
 
     @property
     def budget(self) -> Budget:
@@ -155,6 +179,9 @@ class PruneConfig:
             value = getattr(self, unit)
             if value is not None:
                 return Budget.parse(unit, value)
+        pattern = parse_pattern(self.granularity)
+        if pattern is not None:
+            return Budget("sparsity", 1 - pattern[0] / pattern[1])
         return Budget("sparsity", DEFAULT_SPARSITY)
 
     @property
@@ -162,127 +189,43 @@ class PruneConfig:
         """The number of stages asked for, `auto`, or the allocation's usual number."""
         if self.stages is not None:
             return self.stages
+        if self.removes_weights:
+            return 1
         return SEARCHED_STAGES if self.allocation == "evolutionary" else CLOSED_FORM_STAGES
 
-    def _check_budget(self) -> None:
-        given = [unit for unit in UNITS if getattr(self, unit) is not None]
-        if len(given) > 1:
-            raise ValueError(
-                f"PruneConfig: a budget must be in one unit, got {' and '.join(given)}. "
-                "Keep the one that matters most."
-            )
-        if given and self.allocation == "explicit":
-            raise ValueError(
-                f"PruneConfig: {given[0]} must be left out with allocation='explicit', which "
-                f"states its shares, got {getattr(self, given[0])!r}."
-            )
-        if self.allocation == "evolutionary" and given and given[0] not in ("sparsity", "macs"):
-            raise ValueError(
-                f"PruneConfig: a budget must be a sparsity or macs with allocation 'evolutionary', "
-                f"got {given[0]}. Find the plan that meets it by 'optimal', then search at its "
-                "sparsity."
-            )
-        _ = self.budget
+    @property
+    def removes_weights(self) -> bool:
+        """Whether single weights go, so that layers keep their shape."""
+        return removes_weights(self.granularity)
 
-    def _check_choices(self) -> None:
-        require_choices(
-            self,
-            {
-                "allocation": ALLOCATIONS,
-                "criterion": CRITERIA,
-                "compensation": COMPENSATIONS,
-                "weighting": WEIGHTINGS,
-                "choice": CHOICES,
-                "granularity": GRANULARITIES,
-                "depth_rank": DEPTH_RANKS,
-            },
-        )
-        whole = isinstance(self.stages, int) and not isinstance(self.stages, bool)
-        if self.stages not in (None, "auto") and not (whole and int(self.stages) >= 1):
+    @property
+    def memory_bytes(self) -> int | None:
+        """What a package may take, in bytes."""
+        if self.memory is None:
+            return None
+        try:
+            parsed = Budget.parse("size", self.memory)
+        except ValueError:
+            parsed = None
+        if parsed is None or parsed.relative or parsed.value < 1:
             raise ValueError(
-                f"PruneConfig: stages must be a whole number of at least 1, or auto, "
-                f"got {self.stages!r}."
+                "PruneConfig: memory must be such as 20GiB, 500MB or a number of bytes, "
+                f"got {self.memory!r}."
             )
-        if self.granularity != "width" and self.allocation not in ("optimal", "evolutionary"):
-            raise ValueError(
-                f"PruneConfig: allocation must be optimal or evolutionary with granularity "
-                f"{self.granularity!r}, got {self.allocation!r}: shares do not fit whole layers."
-            )
-        if self.choice == "shared" and self.allocation in ("score", "explicit"):
-            raise ValueError(
-                "PruneConfig: allocation must be uniform, optimal or evolutionary with choice "
-                f"'shared', got {self.allocation!r}: its shares differ from stage to stage."
-            )
-        if self.choice != "separate" and self.criterion == "random":
-            raise ValueError(
-                f"PruneConfig: criterion must not be random with choice {self.choice!r}."
-            )
-
-    def _check_shares(self) -> None:
-        for share in self.stage_sparsity or ():
-            _check_share("stage_sparsity", share, closed=True)
-        for name, shares in (self.layer_sparsity or {}).items():
-            for share in shares:
-                _check_share(f"layer_sparsity[{name!r}]", share, closed=True)
-        if not 0 < self.max_sparsity <= 1:
-            raise ValueError(
-                f"PruneConfig: max_sparsity must be in (0, 1], got {self.max_sparsity}."
-            )
-        if not 0 < self.threshold < 1:
-            raise ValueError(f"PruneConfig: threshold must be in (0, 1), got {self.threshold}.")
-        if not (math.isfinite(self.snr_weight) and self.snr_weight >= 0):
-            raise ValueError(
-                f"PruneConfig: snr_weight must be finite and not negative, got {self.snr_weight}."
-            )
-        if not 0 <= self.null_share <= 1:
-            raise ValueError(f"PruneConfig: null_share must be in [0, 1], got {self.null_share}.")
-        if not (math.isfinite(self.damping) and self.damping >= 0):
-            raise ValueError(
-                f"PruneConfig: damping must be finite and not negative, got {self.damping}."
-            )
-
-    def _check_counts(self) -> None:
-        counts = (
-            "steps", "samples", "batch_size", "round_to", "bins", "max_stages", "latency_batch",
-            "probe_samples",
-        )  # fmt: skip
-        least = dict.fromkeys(counts, 1) | {"least_heads": 0, "least_neurons": 0}
-        require_whole_numbers(self, least)
-        if not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(
-                f"PruneConfig: seed must be a whole number, not negative, got {self.seed!r}."
-            )
-        if self.boundaries is not None and (
-            not self.boundaries
-            or any(not isinstance(b, int) or b < 1 for b in self.boundaries)
-            or len(set(self.boundaries)) != len(self.boundaries)
-        ):
-            raise ValueError(
-                "PruneConfig: boundaries must be distinct whole timesteps of at least 1, "
-                f"got {self.boundaries}."
-            )
-
-    def _check_explicit(self) -> None:
-        stated = self.stage_sparsity is not None or self.layer_sparsity is not None
-        if self.allocation == "explicit" and self.stage_sparsity is None:
-            raise ValueError(
-                "PruneConfig: stage_sparsity must be given with allocation='explicit', got None. "
-                "Give one share for each stage, noisiest first."
-            )
-        if stated and self.allocation != "explicit":
-            raise ValueError(
-                "PruneConfig: allocation must be 'explicit' with stage_sparsity or "
-                f"layer_sparsity, got {self.allocation!r}."
-            )
+        return int(parsed.value)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that JSON can hold; `from_dict` is the inverse."""
         values = asdict(self)
-        for name in ("stage_sparsity", "boundaries", "keep"):
+        for name in _SEQUENCES:
             if values[name] is not None:
                 values[name] = list(values[name])
         if self.layer_sparsity is not None:
-            values["layer_sparsity"] = {k: list(v) for k, v in self.layer_sparsity.items()}
+            values["layer_sparsity"] = {
+                k: v if isinstance(v, (int, float)) else list(v)
+                for k, v in self.layer_sparsity.items()
+            }
+        values["trajectory"] = self.trajectory.to_dict(self.steps)
         return values
 
     @classmethod
@@ -328,12 +271,3 @@ def _read_object(path: str | Path) -> dict[str, Any]:
             f"PruneConfig: {path} must hold a JSON object, got {type(values).__name__}."
         )
     return values
-
-
-def _check_share(name: str, share: float, closed: bool = False) -> None:
-    above = share > 1 if closed else share >= 1
-    if not isinstance(share, (int, float)) or math.isnan(share) or share < 0 or above:
-        raise ValueError(
-            f"PruneConfig: {name} must be in [0, 1{']' if closed else ')'}, got {share}. "
-            "It is a share of the prunable MACs, e.g. 0.3."
-        )

@@ -9,7 +9,7 @@ import torch
 
 from .adapters import Adapter
 from .config import PruneConfig
-from .groups import Denoiser, PrunableLayer
+from .groups import Denoiser, PrunableLayer, reader_widths
 from .statistics.bank import HessianBank
 from .statistics.calibration import packed_bytes
 
@@ -37,13 +37,14 @@ def estimate_cost(
     forward = 2.0 * adapter.macs(denoiser).total * samples
     hessian = elimination = 0.0
     for layer in layers:
-        n, m = layer.groups * layer.width, denoiser.get_submodule(layer.reader).out_features
-        # A group's cost is tokens * width * (m of the reader + inputs of each writer).
-        tokens = layer.cost / (layer.width * m * (len(layer.writers) + 1))
+        n, readers = layer.groups * layer.width, len(layer.readers)
+        m = sum(denoiser.get_submodule(name).out_features for name in layer.readers)
+        # A group's cost is tokens * width * (m of each reader + inputs of each writer).
+        tokens = layer.cost / (layer.width * m * (len(layer.writers) / readers + 1)) * readers
         hessian += samples * tokens * n * (n + 1)
         # Inverse 5/3 n^3, G = W^T W, and panels of about 4 n^3 for a trajectory to its end.
-        elimination += stages * ((5 / 3 + 4) * n**3 + 2.0 * m * n**2)
-    widths = {layer.reader: layer.groups * layer.width for layer in layers}
+        elimination += stages * (readers * (5 / 3 + 4) * n**3 + 2.0 * m * n**2)
+    widths = reader_widths(layers)
     widest = max(widths.values())
     batch = sum(1 for n in widths.values() if n == widest)
     return {

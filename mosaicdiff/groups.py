@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,23 +16,24 @@ Denoiser = Any
 class PrunableLayer:
     """A layer whose width can shrink: the heads of an attention, the neurons of an FFN.
 
-    Group g is columns g*width..(g+1)*width-1 of the reader's weight, and the same rows of each
-    writer's weight and bias.
+    Group g is columns g*width..(g+1)*width-1 of each reader's weight, and the same rows of each
+    writer's weight and bias. Joint attention has two readers, of the image and of the text
+    stream, which lose the same heads.
 
     Args:
         name: of the module that holds them, e.g. `transformer_blocks.0.attn1`.
         kind: `heads` or `neurons`.
-        reader: name of the linear layer whose input columns are the groups.
+        readers: names of the linear layers whose input columns are the groups.
         writers: names of the linear layers whose output rows are the groups.
         groups: how many there are in the dense layer.
         width: columns of one group (the head dimension, or 1).
-        cost: MACs of one group for one sample in reader and writers, attention products aside.
+        cost: MACs of one group for one sample in readers and writers, attention products aside.
         products: MACs of one group's attention products for one sample.
     """
 
     name: str
     kind: str
-    reader: str
+    readers: tuple[str, ...]
     writers: tuple[str, ...]
     groups: int
     width: int
@@ -45,9 +47,16 @@ class PrunableLayer:
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """Names of the tensors that the layer's width touches, and the reader's bias."""
-        writers = (f"{w}.{part}" for w in self.writers for part in ("weight", "bias"))
-        return (*writers, f"{self.reader}.weight", f"{self.reader}.bias")
+        """Names of the tensors that the layer's width touches, and the readers' biases."""
+        linears = (*self.writers, *self.readers)
+        return tuple(f"{linear}.{part}" for linear in linears for part in ("weight", "bias"))
+
+    def axis(self, parameter: str) -> int | None:
+        """Return the dimension of one of `parameters` along which the groups lie, if any."""
+        linear, _, part = parameter.rpartition(".")
+        if linear in self.readers:
+            return 1 if part == "weight" else None
+        return 0
 
     def columns(self, groups: torch.Tensor) -> torch.Tensor:
         """Return the indices of the columns of some groups, (len(groups) * width,)."""
@@ -56,10 +65,34 @@ class PrunableLayer:
 
     def narrow(self, parameter: str, tensor: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
         """Cut a tensor of this layer, as wide as `groups` counts, down to some of its groups."""
-        if parameter == f"{self.reader}.bias":
+        dim = self.axis(parameter)
+        if dim is None:
             return tensor
-        dim = 1 if parameter == f"{self.reader}.weight" else 0
         return tensor.index_select(dim, self.columns(groups).to(tensor.device)).contiguous()
+
+
+@dataclass(frozen=True)
+class WeightTarget:
+    """A linear layer that single weights may be removed from.
+
+    Args:
+        name: of the linear.
+        source: name of the linear whose input is accumulated for it: its own, or that of the
+            first of several that are given the same input (q, k and v).
+    """
+
+    name: str
+    source: str
+
+
+def shared_input(*names: str) -> list[WeightTarget]:
+    """Return targets that are all given the same input."""
+    return [WeightTarget(name, names[0]) for name in names]
+
+
+def reader_widths(layers: Iterable[PrunableLayer]) -> dict[str, int]:
+    """Return the input features of every reader of some layers."""
+    return {name: layer.groups * layer.width for layer in layers for name in layer.readers}
 
 
 @dataclass(frozen=True)

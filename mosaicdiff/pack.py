@@ -85,7 +85,7 @@ class StageBuilder:
 def dense_parts(denoiser: Denoiser, layer: PrunableLayer) -> Parts:
     """Collect a layer's tensors from the dense denoiser (biases where there are any)."""
     parts: Parts = {}
-    for linear in (*layer.writers, layer.reader):
+    for linear in (*layer.writers, *layer.readers):
         module = denoiser.get_submodule(linear)
         parts[f"{linear}.weight"] = module.weight.detach()
         if module.bias is not None:

@@ -190,7 +190,7 @@ def make_allocator(job: Job, given: Calibration, tell: Progress) -> tuple[Alloca
     frame, stages = settle_stages(job, given, tell)
     stages = trace(job, stages, tell)
     ranks = None
-    if job.config.granularity != "width" and job.config.depth_rank != "curve":
+    if job.config.granularity != "structured" and job.config.depth_rank != "curve":
         ranks = [row[job.config.depth_rank] for row in _required(stages.changes, "depth_rank")]
     weights = weights_of(job, stages)
     assert stages.curves is not None

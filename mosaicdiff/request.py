@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,10 @@ from diffusers import DiffusionPipeline
 
 from .adapters import Adapter, adapter_for
 from .allocation.costs import CostModel, layer_sizes
-from .allocation.items import check_patterns
 from .allocation.planning import Frame, effort_bounds, make_frame, share_plan
 from .config import PruneConfig
 from .groups import Denoiser, PrunableLayer
+from .patterns import check_patterns
 from .runtime import StagedDenoiser
 from .sources import DIGITS, find_denoiser, load_calibration, source_name
 from .statistics.calibration import Calibration
@@ -94,8 +94,14 @@ def prepare(
             "It says how noisy each timestep is."
         )
     layers = adapter.layers(denoiser)
+    config = _with_ends(config, adapter, denoiser)
     # Refuse what no calibration could save before reading it; the power of its latents comes later.
-    check_patterns(layers, config)
+    if config.removes_weights:
+        names = [target.name for target in adapter.targets(denoiser)]
+    else:
+        names = [layer.name for layer in layers]
+    check_patterns(names, config.include, "include")
+    check_patterns(names, config.exclude, "exclude")
     _check_reach(layers, make_frame(scheduler, config), config, denoiser, adapter)
     if measured is not None:
         if isinstance(measured, (str, Path)):
@@ -109,6 +115,16 @@ def prepare(
         denoiser, adapter, scheduler, layers, frame, config, costs, data, measured, pipeline,
         component,
     )  # fmt: skip
+
+
+def _with_ends(config: PruneConfig, adapter: Adapter, denoiser: Denoiser) -> PruneConfig:
+    """Exclude the first and last block where that is asked for, or usual."""
+    usual = adapter.joint and not config.removes_weights
+    if not (usual if config.whole_ends is None else config.whole_ends):
+        return config
+    blocks = adapter.blocks(denoiser)
+    ends = tuple(name for name in (blocks[0], blocks[-1]) if name not in config.exclude)
+    return replace(config, exclude=(*config.exclude, *ends))
 
 
 def _read_data(

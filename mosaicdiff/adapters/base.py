@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..groups import Denoiser, Macs, PrunableLayer
+from ..groups import Denoiser, Macs, PrunableLayer, WeightTarget
 from ..pack import Parts, StageBuilder
 
 
@@ -20,6 +20,8 @@ class Adapter(ABC):
     denoiser_class: str
     #: Name and position of the forward argument that holds the timestep.
     timestep_argument: tuple[str, int]
+    #: Whether image and text are attended to together: then both ends stay whole by default.
+    joint: bool = False
 
     @abstractmethod
     def empty(self, config: dict[str, Any]) -> Denoiser:
@@ -32,6 +34,14 @@ class Adapter(ABC):
     @abstractmethod
     def layers(self, denoiser: Denoiser) -> tuple[PrunableLayer, ...]:
         """List what may be removed, in network order."""
+
+    @abstractmethod
+    def targets(self, denoiser: Denoiser) -> tuple[WeightTarget, ...]:
+        """List the linears of the blocks, in network order; those that share an input adjoin."""
+
+    @abstractmethod
+    def blocks(self, denoiser: Denoiser) -> tuple[str, ...]:
+        """Name the blocks, in network order."""
 
     @abstractmethod
     def replace(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..groups import Denoiser, Macs, PrunableLayer
+from ..groups import Denoiser, Macs, PrunableLayer, WeightTarget, shared_input
 from ..pack import BiasOnly, Parts, StageBuilder, dense_parts, make_linear
 from .base import Adapter
 
@@ -71,7 +71,7 @@ class DiTAdapter(Adapter):
                     "Fuse it into the weights or unload it first."
                 )
         for layer in self.layers(denoiser):
-            for linear in (*layer.writers, layer.reader):
+            for linear in (*layer.writers, *layer.readers):
                 kind = type(denoiser.get_submodule(linear))
                 if kind is not nn.Linear:
                     raise ValueError(
@@ -91,7 +91,7 @@ class DiTAdapter(Adapter):
                 PrunableLayer(
                     name=f"{prefix}.attn1",
                     kind="heads",
-                    reader=f"{prefix}.attn1.to_out.0",
+                    readers=(f"{prefix}.attn1.to_out.0",),
                     writers=tuple(f"{prefix}.attn1.{w}" for w in ("to_q", "to_k", "to_v")),
                     groups=denoiser.config.num_attention_heads,
                     width=width,
@@ -104,7 +104,7 @@ class DiTAdapter(Adapter):
                 PrunableLayer(
                     name=f"{prefix}.ff",
                     kind="neurons",
-                    reader=f"{prefix}.ff.net.2",
+                    readers=(f"{prefix}.ff.net.2",),
                     writers=(f"{prefix}.ff.net.0.proj",),
                     groups=inner,
                     width=1,
@@ -113,15 +113,27 @@ class DiTAdapter(Adapter):
             )
         return tuple(found)
 
+    def targets(self, denoiser: Denoiser) -> tuple[WeightTarget, ...]:
+        found: list[WeightTarget] = []
+        for prefix in self.blocks(denoiser):
+            found += shared_input(*(f"{prefix}.attn1.{w}" for w in ("to_q", "to_k", "to_v")))
+            for name in ("attn1.to_out.0", "ff.net.0.proj", "ff.net.2"):
+                found += shared_input(f"{prefix}.{name}")
+        return tuple(found)
+
+    def blocks(self, denoiser: Denoiser) -> tuple[str, ...]:
+        return tuple(f"transformer_blocks.{i}" for i in range(len(denoiser.transformer_blocks)))
+
     def replace(
         self, builder: StageBuilder, layer: PrunableLayer, parts: Parts, groups: int
     ) -> None:
         if groups == 0:
-            bias = parts.get(f"{layer.reader}.bias")
-            features = builder.root.get_submodule(layer.reader).out_features
+            (reader,) = layer.readers
+            bias = parts.get(f"{reader}.bias")
+            features = builder.root.get_submodule(reader).out_features
             builder.replace(layer.name, BiasOnly(features, bias))
             return
-        for linear in (*layer.writers, layer.reader):
+        for linear in (*layer.writers, *layer.readers):
             module = make_linear(parts[f"{linear}.weight"], parts.get(f"{linear}.bias"))
             builder.replace(linear, module)
         if layer.kind == "heads":
@@ -138,7 +150,8 @@ class DiTAdapter(Adapter):
     def parts(self, stage: Denoiser, layer: PrunableLayer) -> Parts:
         module = stage.get_submodule(layer.name)
         if isinstance(module, BiasOnly):
-            return {} if module.bias is None else {f"{layer.reader}.bias": module.bias.detach()}
+            (reader,) = layer.readers
+            return {} if module.bias is None else {f"{reader}.bias": module.bias.detach()}
         return dense_parts(stage, layer)
 
     def latent_shape(self, denoiser: Denoiser) -> tuple[int, int, int]:

@@ -17,7 +17,7 @@ from .optimal import OptimalPath
 from .planning import Frame, PrunePlan, most_sparsity, share_plan
 
 #: What shares know nothing of.
-_BY_SHARE: Any = {"granularity": "width", "choice": "separate"}
+_BY_SHARE: Any = {"granularity": "structured", "choice": "separate"}
 #: The plan at an effort in [0, 1].
 PlanAt = Callable[[float], PrunePlan]
 

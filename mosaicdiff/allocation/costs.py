@@ -18,7 +18,7 @@ Kept = Sequence[Sequence[torch.Tensor]]
 
 @dataclass(frozen=True)
 class LayerSize:
-    """Parameters of a layer: of one group in the writers, in the reader, and the reader's bias."""
+    """Parameters of a layer: of one group in writers and readers, and of the readers' biases."""
 
     writers: int
     reader: int
@@ -182,9 +182,10 @@ def layer_sizes(denoiser: Denoiser, layers: Sequence[PrunableLayer]) -> tuple[La
             module = denoiser.get_submodule(name)
             rows = module.out_features // layer.groups
             writers += rows * (module.in_features + (module.bias is not None))
-        reader = denoiser.get_submodule(layer.reader)
-        bias = 0 if reader.bias is None else reader.out_features
-        sizes.append(LayerSize(writers, layer.width * reader.out_features, bias))
+        readers = [denoiser.get_submodule(name) for name in layer.readers]
+        bias = sum(reader.out_features for reader in readers if reader.bias is not None)
+        width = layer.width * sum(reader.out_features for reader in readers)
+        sizes.append(LayerSize(writers, width, bias))
     return tuple(sizes)
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 
 import numpy as np
 
 from ..config import PruneConfig
 from ..groups import PrunableLayer
+from ..patterns import is_chosen
 from ..solving.curves import RemovalCurve
 from .optimal import Item
 
@@ -38,7 +38,7 @@ def allowed_levels(layer: PrunableLayer, config: PruneConfig) -> list[int]:
         )
     if is_kept_whole(layer, config):
         return [0]
-    if config.granularity != "width":
+    if config.granularity != "structured":
         return [0] if least > 0 else [0, layer.groups]
     unit = 1 if heads else config.round_to
     kept = {layer.groups, *(n for n in range(0, layer.groups + 1, unit) if n >= least)}
@@ -46,26 +46,8 @@ def allowed_levels(layer: PrunableLayer, config: PruneConfig) -> list[int]:
 
 
 def is_kept_whole(layer: PrunableLayer, config: PruneConfig) -> bool:
-    """Tell whether a pattern of `keep` names the layer or a module above it."""
-    parts = layer.name.split(".")
-    names = [".".join(parts[: i + 1]) for i in range(len(parts))]
-    return any(fnmatchcase(name, pattern) for name in names for pattern in config.keep)
-
-
-def check_patterns(layers: Sequence[PrunableLayer], config: PruneConfig) -> None:
-    """Refuse a pattern that names no layer.
-
-    Raises:
-        ValueError: as said.
-    """
-    for pattern in config.keep:
-        alone = PruneConfig(keep=(pattern,))
-        if not any(is_kept_whole(layer, alone) for layer in layers):
-            raise ValueError(
-                f"prune: keep must name layers of the denoiser, but nothing matches {pattern!r}. "
-                f"The first is {layers[0].name!r}; {layers[0].name.rpartition('.')[0] + '.*'!r} "
-                "keeps its block."
-            )
+    """Tell whether a layer is excluded, or not among those that are included."""
+    return not is_chosen(layer.name, config.include, config.exclude)
 
 
 def weighted_errors(
@@ -74,13 +56,13 @@ def weighted_errors(
     curves: Sequence[Mapping[str, RemovalCurve]],
     weights: Sequence[Mapping[str, float]] | None,
 ) -> list[list[np.ndarray]]:
-    """Return every error curve times the stage's steps and the weight of the layer."""
+    """Return every error curve times the stage's steps and the weights of the layer's readers."""
     rows = []
     for k, count in enumerate(steps):
         row = []
         for layer in layers:
-            weight = 1.0 if weights is None else weights[k][layer.name]
-            row.append(count * weight * curves[k][layer.name].errors)
+            weight = None if weights is None else [weights[k][name] for name in layer.readers]
+            row.append(count * curves[k][layer.name].errors(weight))
         rows.append(row)
     return rows
 

@@ -210,7 +210,7 @@ def shape_of(denoiser: Denoiser, layer: PrunableLayer) -> LayerShape:
         kind=layer.kind,
         groups=layer.groups,
         width=layer.width,
-        features=denoiser.get_submodule(layer.reader).out_features,
+        features=sum(denoiser.get_submodule(name).out_features for name in layer.readers),
         inputs=tuple(denoiser.get_submodule(w).in_features for w in layer.writers),
         cost=layer.cost,
     )

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..config import PruneConfig
 from ..groups import PrunableLayer
+from ..patterns import check_patterns, matches
 from ..trajectory.schedule import NoiseSchedule, step_log_snr
 from ..trajectory.stages import Division, divide, stage_means
 from .budget import TOLERANCE
@@ -149,10 +150,11 @@ def share_plan(
     """
     shares = _stage_shares(layers, frame, config, sparsity)
     ladders = [allowed_levels(layer, config) for layer in layers]
+    names = [layer.name for layer in layers]
     removed = tuple(
         tuple(
             layer_counts(
-                layers, _layer_shares(layers, share, k, len(frame.division), config), ladders
+                layers, layer_shares(names, share, k, len(frame.division), config), ladders
             )
         )
         for k, share in enumerate(shares)
@@ -251,22 +253,25 @@ def _stage_give(frame: Frame, config: PruneConfig) -> list[float]:
     return score_give(stage_means(frame.division, scores, frame.visited))
 
 
-def _layer_shares(
-    layers: Sequence[PrunableLayer], share: float, stage: int, stages: int, config: PruneConfig
+def layer_shares(
+    names: Sequence[str], share: float, stage: int, stages: int, config: PruneConfig
 ) -> list[float]:
-    named = dict(config.layer_sparsity or {})
-    shares = []
-    for layer in layers:
-        row = named.pop(layer.name, None)
-        if row is not None and len(row) != stages:
+    """Return the share of every layer or linear of a stage: its own, or else the stage's.
+
+    Raises:
+        ValueError: `layer_sparsity` names nothing, or has not one share for each stage.
+    """
+    stated = config.layer_sparsity or {}
+    check_patterns(names, stated, "layer_sparsity")
+    for pattern, row in stated.items():
+        if not isinstance(row, (int, float)) and len(row) != stages:
             raise ValueError(
-                f"prune: layer_sparsity[{layer.name!r}] must have one share for each of "
-                f"{stages} stages, got {len(row)}."
+                f"prune: layer_sparsity[{pattern!r}] must have one share for each of "
+                f"{stages} stages, or one for all, got {len(row)}."
             )
-        shares.append(share if row is None else row[stage])
-    if named:
-        raise ValueError(
-            f"prune: layer_sparsity must name layers of the denoiser, got {sorted(named)}. "
-            f"The first is {layers[0].name!r}."
-        )
+    shares = []
+    for name in names:
+        rows = [row for pattern, row in stated.items() if matches(name, pattern)]
+        last = rows[-1] if rows else share
+        shares.append(float(last if isinstance(last, (int, float)) else last[stage]))
     return shares

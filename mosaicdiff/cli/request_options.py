@@ -11,15 +11,14 @@ import click
 from click.core import ParameterSource
 
 from ..allocation.budget import UNITS
-from ..config import (
+from ..config import PruneConfig
+from ..config_checks import (
     ALLOCATIONS,
     CHOICES,
     COMPENSATIONS,
     CRITERIA,
     DEPTH_RANKS,
-    GRANULARITIES,
     WEIGHTINGS,
-    PruneConfig,
 )
 from ..search_config import FITNESSES, GENES, STARTS, WITHIN, SearchConfig
 
@@ -108,10 +107,10 @@ calibration_options = _options(
     _number("--damping", "Relative to the mean of the Hessian's diagonal."),
     _choice("--choice", CHOICES, "Groups kept in the stages: their own, nested, or the same."),
     _choice("--weighting", WEIGHTINGS, "Of the layers' errors in optimal."),
-    _choice(
+    _number(
         "--granularity",
-        GRANULARITIES,
-        "What goes at once: heads and neurons, or whole layers or blocks.",
+        "What goes at once: structured (heads and neurons), whole layers or blocks, or single "
+        "weights: unstructured, or N:M such as 2:4.",
     ),
     _choice("--depth-rank", DEPTH_RANKS, "What whole layers or blocks are ranked by."),
     click.option(
@@ -125,9 +124,14 @@ calibration_options = _options(
 allocation_options = _options(
     click.option(
         "--allocation",
-        default=_DEFAULTS.allocation,
-        show_default=True,
-        help=f"{', '.join(_NAMED)}, or one share for each stage, noisiest first: 0.5,0.1,0.4.",
+        help=f"{', '.join(_NAMED)}, or one share for each stage, noisiest first: 0.5,0.1,0.4.  "
+        "[default: optimal; uniform where single weights go]",
+    ),
+    click.option(
+        "--layer-sparsity",
+        multiple=True,
+        help="Of layers whose names match: '*.ff=0.6', or one share for each stage: "
+        "'*.ff=0.6,0.2,0.5'; repeatable, the last that matches counts.",
     ),
     _number("--max-sparsity", "The most one stage may give."),
     _number("--max-stages", "Of --stages auto."),
@@ -135,9 +139,19 @@ allocation_options = _options(
     _number("--least-heads", "Heads that every attention keeps."),
     _number("--least-neurons", "Neurons that every FFN keeps."),
     click.option(
-        "--keep",
+        "--include",
+        multiple=True,
+        help="Layers or blocks that may be pruned, e.g. '*.ff'; repeatable.  [default: all]",
+    ),
+    click.option(
+        "--exclude",
         multiple=True,
         help="Layers or blocks left whole, e.g. transformer_blocks.0 or '*.attn1'; repeatable.",
+    ),
+    click.option(
+        "--whole-ends/--prune-ends",
+        default=None,
+        help="Leave the first and last block whole, or not.  [default: with joint attention]",
     ),
     _number("--latency-batch", "Rows of a call for --latency."),
     click.option("--latency-table", help="File of layer timings, instead of measuring them."),
@@ -193,12 +207,17 @@ def read_config(context: click.Context, options: dict[str, Any]) -> PruneConfig:
     if budgets:  # a budget given here takes the place of the file's
         values = {name: value for name, value in values.items() if name not in UNITS} | budgets
     values.update({name: options[name] for name in _FIELDS if given(name)})
-    if given("allocation"):
+    if given("allocation") and options["allocation"] is not None:
         values.update(_parse_allocation(options["allocation"]))
     if given("stages") and options["stages"] is not None:
         values.update(_parse_stages(options["stages"], values.get("steps", options["steps"])))
-    if given("keep"):
-        values["keep"] = tuple(options["keep"])
+    for name in ("include", "exclude"):
+        if given(name):
+            values[name] = tuple(options[name])
+    if given("whole_ends"):
+        values["whole_ends"] = options["whole_ends"]
+    if given("layer_sparsity") and options["layer_sparsity"]:
+        values["layer_sparsity"] = dict(map(_parse_layer_share, options["layer_sparsity"]))
     search = dict(values.get("search", {}))
     search.update({field: options[name] for name, field in _SEARCH_FIELDS.items() if given(name)})
     if given("search_start"):
@@ -230,6 +249,17 @@ def _parse_allocation(text: str) -> dict[str, Any]:
             f"--allocation must be {', '.join(_NAMED)} or shares such as 0.5,0.1,0.4, got {text!r}."
         ) from None
     return {"allocation": "explicit", "stage_sparsity": shares}
+
+
+def _parse_layer_share(text: str) -> tuple[str, float | tuple[float, ...]]:
+    pattern, _, shares = text.rpartition("=")
+    try:
+        numbers = tuple(float(part) for part in shares.split(","))
+    except ValueError:
+        numbers = ()
+    if not pattern or not numbers:
+        raise ValueError(f"--layer-sparsity must be PATTERN=SHARE, e.g. '*.ff=0.6', got {text!r}.")
+    return pattern, numbers[0] if len(numbers) == 1 else numbers
 
 
 def _parse_stages(text: str, steps: int) -> dict[str, Any]:

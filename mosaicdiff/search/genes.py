@@ -148,7 +148,7 @@ class Genetics:
         for name in names:
             if name == "optimal":
                 plans.append(budget_plan)
-            elif self._allocator.config.granularity == "width":  # shares do not fit whole layers
+            elif self._allocator.config.granularity == "structured":  # shares fit no whole layers
                 plans.append(self._allocator.meet(self._allocator.config.budget, name))
         if not plans:
             plans.append(budget_plan)

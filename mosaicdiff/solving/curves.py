@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,20 +15,25 @@ class RemovalCurve:
 
     Args:
         order: (groups,) int64 on the CPU.
-        losses: (groups,) float64; their cumulative sum is the layer's squared error, summed over
-            its outputs, mean over the calibration tokens. Without compensation a loss may be
-            negative.
-        damping: relative to the mean of the Hessian's diagonal; 0 where none was used.
+        losses: (readers, groups) float64; their cumulative sum is a reader's squared error,
+            summed over its outputs, mean over the calibration tokens. Without compensation a
+            loss may be negative.
+        damping: of each reader, relative to the mean of its Hessian's diagonal; 0 where none was
+            used.
     """
 
     order: torch.Tensor
     losses: np.ndarray
-    damping: float
+    damping: tuple[float, ...]
 
-    @property
-    def errors(self) -> np.ndarray:
-        """The squared error at every level, 0 to all groups removed, (groups + 1,)."""
-        return np.concatenate([[0.0], np.cumsum(self.losses)])
+    def errors(self, weights: Sequence[float] | None = None) -> np.ndarray:
+        """Return the squared error at every level, 0 to all groups removed, (groups + 1,).
+
+        Args:
+            weights: of the readers' errors in the sum; all alike by default.
+        """
+        weighed = np.ones(len(self.losses)) if weights is None else np.asarray(weights)
+        return np.concatenate([[0.0], np.cumsum(weighed @ self.losses)])
 
     def kept(self, level: int) -> torch.Tensor:
         """Return the sorted groups that are left after the first `level` removals."""

@@ -17,7 +17,7 @@ from ..request import Job
 from ..runtime import LayerState, StagedDenoiser, StageInfo
 from ..statistics.calibration import Calibration
 from ..statistics.gather import problem_of
-from .solve import LayerSolution, fit_layer
+from .solve import FittedReader, LayerSolution, fit_layer
 
 #: For each stage, the solutions of the layers that give something up, by name.
 Solutions = list[dict[str, LayerSolution]]
@@ -114,14 +114,15 @@ def solved_parts(
 ) -> Parts:
     """Collect the tensors of a solved layer: slices of the writers, the reader refitted."""
     parts = narrow_parts(dense_parts(base, layer), layer, solution.kept)
-    parts[f"{layer.reader}.weight"] = solution.weight
-    if affine and solution.bias is not None:
-        parts[f"{layer.reader}.bias"] = solution.bias
+    for reader, fitted in zip(layer.readers, solution.readers, strict=True):
+        parts[f"{reader}.weight"] = fitted.weight
+        if affine and fitted.bias is not None:
+            parts[f"{reader}.bias"] = fitted.bias
     return parts
 
 
 def _bytes(solution: LayerSolution) -> int:
-    return solution.weight.numel() * solution.weight.element_size()
+    return sum(r.weight.numel() * r.weight.element_size() for r in solution.readers)
 
 
 def last_groups_removed(denoiser: Denoiser, plan: PrunePlan) -> Solutions:
@@ -136,9 +137,11 @@ def last_groups_removed(denoiser: Denoiser, plan: PrunePlan) -> Solutions:
             if count:
                 kept = torch.arange(layer.groups - count)
                 parts = narrow_parts(dense_parts(denoiser, layer), layer, kept)
-                weight, bias = (parts.get(f"{layer.reader}.{part}") for part in ("weight", "bias"))
-                assert weight is not None
-                solved[layer.name] = LayerSolution(kept, weight, bias, float("nan"), 0.0)
+                readers = tuple(
+                    FittedReader(parts[f"{reader}.weight"], parts.get(f"{reader}.bias"))
+                    for reader in layer.readers
+                )
+                solved[layer.name] = LayerSolution(kept, readers, float("nan"), 0.0)
         solutions.append(solved)
     return solutions
 

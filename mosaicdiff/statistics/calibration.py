@@ -74,7 +74,7 @@ def packed_bytes(layers: Sequence[PrunableLayer], bins: int) -> int:
     for layer in layers:
         n = layer.groups * layer.width
         even = n + n % 2
-        total += 4 * ((even + 1) * (even // 2) + n)
+        total += 4 * ((even + 1) * (even // 2) + n) * len(layer.readers)
     return bins * total
 
 
@@ -92,7 +92,7 @@ class Calibration:
         statistics: for each bin, of each reader by name.
         made_for: what the statistics depend on; another model or other settings refuse them.
         weights: by weighting (`sensitivity`, `trajectory`), where it was measured: for each bin,
-            by layer name, how much an error of the layer's output counts.
+            by reader, how much an error of its output counts.
         changes: for each bin, by layer or block name: what dropping it changes (see
             `statistics.depth`), where it was measured.
         curves: for each bin, by layer name, where they were traced; `traced_with` says how.

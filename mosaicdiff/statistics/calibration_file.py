@@ -20,7 +20,7 @@ from ..solving.curves import RemovalCurve
 from ..trajectory.stages import Division, Stage
 from .calibration import Calibration, PackedStatistics, packed_bytes
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 #: Settings that the statistics depend on, and those that the traced curves depend on too.
 _MEASURED_WITH = ("samples", "seed", "null_share")
 #: What a tensor takes in the header: place, shape, digest, and its name twice.
@@ -133,7 +133,7 @@ def stated_bytes(layers: tuple[PrunableLayer, ...], bins: int, traced: bool = Tr
     """Return about how large the file of so many bins will be, with or without curves."""
     total = packed_bytes(layers, bins)
     for layer in layers:
-        total += 3 * bins * (_ENTRY_BYTES + 2 * len(layer.reader))
+        total += sum(3 * bins * (_ENTRY_BYTES + 2 * len(reader)) for reader in layer.readers)
         if traced:
             total += bins * (12 * layer.groups + 3 * (_ENTRY_BYTES + 2 * len(layer.name)))
     return total
@@ -181,7 +181,8 @@ def _from_description(path: Path, values: dict[str, Any], names: set[str]) -> Ca
             "Calibrate again with this mosaicdiff."
         )
     layers = tuple(
-        PrunableLayer(**{**row, "writers": tuple(row["writers"])}) for row in values["layers"]
+        PrunableLayer(**{**row, "writers": tuple(row["writers"]), "readers": tuple(row["readers"])})
+        for row in values["layers"]
     )
     count = len(values["stages"])
     traced = bool(values["traced_with"])
@@ -213,7 +214,7 @@ def _read_curves(
                 _read(file, path, f"{part}.{index}.{layer.name}", digests)
                 for part in ("order", "losses", "damping")
             )
-            curves[layer.name] = RemovalCurve(order.long(), losses.numpy(), float(damping))
+            curves[layer.name] = RemovalCurve(order.long(), losses.numpy(), tuple(damping.tolist()))
     return curves
 
 
@@ -229,7 +230,7 @@ class _FileBin(Mapping[str, PackedStatistics]):
         digests: Mapping[str, str],
     ) -> None:
         self._path, self._index, self._digests = path, index, digests
-        self._readers = [layer.reader for layer in layers]
+        self._readers = [reader for layer in layers for reader in layer.readers]
         for reader in self._readers:
             if f"hessian.{index}.{reader}" not in names:
                 raise ValueError(

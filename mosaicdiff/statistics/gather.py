@@ -10,9 +10,10 @@ import torch
 from ..config import PruneConfig
 from ..request import Job
 from ..solving.curves import RemovalCurve
-from ..solving.solve import LayerProblem, trace_along, trace_layers
+from ..solving.solve import LayerProblem, Reader, trace_along, trace_layers
 from ..trajectory.probe import Probe
 from ..trajectory.stages import Division
+from .bank import Statistics
 from .calibration import Calibration, PackedStatistics
 from .calibration_file import TRACED_WITH
 from .capture import evaluating
@@ -44,8 +45,9 @@ def gather(job: Job, tell: Progress) -> Calibration:
             )  # fmt: skip
             statistics.append(
                 {
-                    layer.reader: PackedStatistics.pack(bank.finalize(layer.reader))
+                    reader: PackedStatistics.pack(bank.finalize(reader))
                     for layer in job.layers
+                    for reader in layer.readers
                 }
             )
         measured = Calibration(
@@ -80,7 +82,7 @@ def with_extras(job: Job, measured: Calibration, data: CalibrationSet) -> Calibr
     )  # fmt: skip
     if weighting_of(config) != "raw":
         measured = replace(measured, weights=_weights(job, arguments))
-    if config.granularity != "width" and config.depth_rank != "curve":
+    if config.granularity != "structured" and config.depth_rank != "curve":
         measured = replace(measured, changes=measure_changes(*arguments))
     return measured
 
@@ -151,11 +153,20 @@ def fit_to_frame(
 
 def problem_of(job: Job, measured: Calibration, stage: int, index: int) -> LayerProblem:
     """Set up one layer of one stage, its statistics on the denoiser's device."""
-    layer = job.layers[index]
-    reader = job.denoiser.get_submodule(layer.reader)
-    bias = None if reader.bias is None else reader.bias.detach()
-    statistics = measured.statistics[stage][layer.reader].unpack(reader.weight.device)
-    return LayerProblem(layer, reader.weight.detach(), bias, statistics)
+    packed = measured.statistics[stage]
+    return _problem(job, index, lambda reader, device: packed[reader].unpack(device))
+
+
+def _problem(
+    job: Job, index: int, statistics: Callable[[str, torch.device], Statistics]
+) -> LayerProblem:
+    readers = []
+    for name in job.layers[index].readers:
+        linear = job.denoiser.get_submodule(name)
+        bias = None if linear.bias is None else linear.bias.detach()
+        weight = linear.weight.detach()
+        readers.append(Reader(weight, bias, statistics(name, weight.device)))
+    return LayerProblem(job.layers[index], tuple(readers))
 
 
 def traced_settings(config: PruneConfig) -> dict[str, object]:
@@ -210,12 +221,7 @@ def _pooled_orders(
     job: Job, measured: Calibration, generator: torch.Generator
 ) -> dict[str, RemovalCurve]:
     """Order the groups of every layer once for all stages, by H of the whole trajectory."""
-    problems = []
-    for layer in job.layers:
-        reader = job.denoiser.get_submodule(layer.reader)
-        statistics = measured.pooled(layer.reader, reader.weight.device)
-        bias = None if reader.bias is None else reader.bias.detach()
-        problems.append(LayerProblem(layer, reader.weight.detach(), bias, statistics))
+    problems = [_problem(job, index, measured.pooled) for index in range(len(job.layers))]
     config = job.config
     traced = trace_layers(
         problems, config.criterion, config.compensation, config.damping, generator

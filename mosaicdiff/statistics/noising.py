@@ -10,7 +10,7 @@ from torch import nn
 
 from ..adapters import Adapter
 from ..config import PruneConfig
-from ..groups import PrunableLayer
+from ..groups import PrunableLayer, reader_widths
 from ..trajectory.schedule import NoiseSchedule
 from ..trajectory.stages import Stage
 from .bank import HessianBank
@@ -97,7 +97,7 @@ def collect_statistics(
     Source: MosaicDiff (arXiv 2510.11962), SNR-aware calibration.
     """
     parameter = next(denoiser.parameters())
-    widths = {layer.reader: layer.groups * layer.width for layer in layers}
+    widths = reader_widths(layers)
     bank = HessianBank(widths, parameter.device)
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + stage.first)
     batches = draw_noisy(denoiser, adapter, stage, schedule, data, config, generator)

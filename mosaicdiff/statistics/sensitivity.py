@@ -36,11 +36,11 @@ def measure_weights(
     data: CalibrationSet,
     config: PruneConfig,
 ) -> list[dict[str, float]]:
-    """Return, for each stage and layer, what its squared error adds to that of the output.
+    """Return, for each stage and reader, what its squared error adds to that of the output.
 
-    With r standard normal, g = d (r . output) / d (layer output): E[g^2] is the sum over the
-    output of the squared derivatives, so that an error of the layer, uncorrelated with them,
-    adds E[g^2] times its square to the squared error of the output. The weight takes a layer's
+    With r standard normal, g = d (r . output) / d (reader output): E[g^2] is the sum over the
+    output of the squared derivatives, so that an error of the reader, uncorrelated with them,
+    adds E[g^2] times its square to the squared error of the output. The weight takes a reader's
     error as curves have it (summed over channels, mean over tokens) to the mean over the
     output's elements. One backward pass a batch.
 
@@ -49,7 +49,7 @@ def measure_weights(
     weights = []
     config = replace(config, batch_size=min(_BATCH, config.batch_size))
     for stage in stages:
-        sums = dict.fromkeys((layer.name for layer in layers), 0.0)
+        sums = dict.fromkeys((name for layer in layers for name in layer.readers), 0.0)
         counts = dict.fromkeys(sums, 0)
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + stage.first + 1)
         samples = min(_SAMPLES, config.samples)
@@ -116,12 +116,12 @@ def _run_with_gradient(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     held: dict[str, torch.Tensor] = {}
     with ExitStack() as stack, torch.enable_grad():
-        for layer in layers:
+        for reader in (name for layer in layers for name in layer.readers):
 
-            def keep(module: nn.Module, args: tuple, output: torch.Tensor, name: str = layer.name):
+            def keep(module: nn.Module, args: tuple, output: torch.Tensor, name: str = reader):
                 held[name] = output
 
-            handle = denoiser.get_submodule(layer.reader).register_forward_hook(keep)
+            handle = denoiser.get_submodule(reader).register_forward_hook(keep)
             stack.callback(handle.remove)
         # Parameters need no gradient; something must, for a graph to be built.
         result = adapter.predict(denoiser, latents.requires_grad_(), timesteps, inputs)

@@ -10,9 +10,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import mosaicdiff
-from mosaicdiff import PruneConfig, calibration_file
+from mosaicdiff import PruneConfig
 from mosaicdiff.checkpoint import storage_of
 from mosaicdiff.pipeline import calibrate
+from mosaicdiff.statistics import calibration_file
 from mosaicdiff.statistics.calibration_file import (
     load_calibration_file,
     save_calibration,
@@ -173,8 +174,8 @@ def lacking(file, path):
         (lambda file, path: path.write_bytes(file.read_bytes()[:50]), "could not be read"),
         (lambda file, path: path.write_text("no tensors"), "could not be read"),
         (lambda file, path: path.write_bytes(b""), "could not be read"),
-        (lambda f, path: described(f, path, format_version=2), "format_version must be 1, got 2"),
-        (lambda f, path: described(f, path, format_version=None), "format_version must be 1"),
+        (lambda f, path: described(f, path, format_version=9), "format_version must be 2, got 9"),
+        (lambda f, path: described(f, path, format_version=None), "format_version must be 2"),
         (lambda f, path: described(f, path, steps=None), "could not be read"),
         (lacking, "must hold the statistics of transformer_blocks"),
     ],

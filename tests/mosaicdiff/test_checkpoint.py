@@ -97,7 +97,7 @@ def count_bytes(denoiser, kept, compensated=True):
         for writer in layer.writers:
             whole = size[f"{writer}.weight"] + size.get(f"{writer}.bias", 0)
             total -= whole * (layer.groups - len(union)) // layer.groups
-        reader = size[f"{layer.reader}.weight"]
+        reader = size[f"{layer.readers[0]}.weight"]
         pruned = [len(row) for row in stages if len(row) < layer.groups]
         dense = 1 if len(pruned) < len(stages) else 0
         total += reader * (sum(pruned) + (dense - 1) * layer.groups) // layer.groups

@@ -146,9 +146,9 @@ def test_the_predicted_error_is_that_of_the_fitted_layers(calibrations, choice, 
     solutions, total = fitter.solve(plan), 0.0
     for k, solved in enumerate(solutions):
         for layer in plan.layers:
-            reader = job.denoiser.get_submodule(layer.reader)
+            reader = job.denoiser.get_submodule(layer.readers[0])
             hessian = (
-                job.measured.statistics[k][layer.reader]
+                job.measured.statistics[k][layer.readers[0]]
                 .unpack(torch.device("cpu"))
                 .hessian.double()
             )

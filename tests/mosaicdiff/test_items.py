@@ -9,13 +9,14 @@ from hypothesis import strategies as st
 
 import mosaicdiff
 from mosaicdiff import PruneConfig
-from mosaicdiff.allocation.items import allowed_levels, check_patterns, make_items
+from mosaicdiff.allocation.items import allowed_levels, make_items
 from mosaicdiff.groups import PrunableLayer
+from mosaicdiff.patterns import check_patterns
 
 from .conftest import linear_scheduler, tiny_batches, tiny_denoiser
 
-HEADS = PrunableLayer("blocks.0.attn1", "heads", "r", ("w",), 8, 4, 40)
-NEURONS = PrunableLayer("blocks.0.ff", "neurons", "r", ("w",), 100, 1, 2)
+HEADS = PrunableLayer("blocks.0.attn1", "heads", ("r",), ("w",), 8, 4, 40)
+NEURONS = PrunableLayer("blocks.0.ff", "neurons", ("r",), ("w",), 100, 1, 2)
 LAYERS = [
     replace(row, name=row.name.replace("0", str(block)))
     for block in range(2)
@@ -64,19 +65,19 @@ def test_whole_layers_go_or_stay(granularity):
     ],
 )
 def test_a_pattern_keeps_what_it_names_whole(pattern, kept):
-    config = PruneConfig(keep=(pattern,))
-    check_patterns(LAYERS, config)
+    config = PruneConfig(exclude=(pattern,))
+    check_patterns([row.name for row in LAYERS], config.exclude, "exclude")
     assert {i for i, row in enumerate(LAYERS) if allowed_levels(row, config) == [0]} == kept
 
 
 @pytest.mark.parametrize("pattern", ["blocks", "blocks.2", "lock", "blocks.0.attn", "BLOCKS.0"])
 def test_a_pattern_that_names_nothing_is_refused(pattern):
-    config = PruneConfig(keep=("*.ff", pattern))
+    config = PruneConfig(exclude=("*.ff", pattern))
     if pattern == "blocks":  # names a module above them all
-        check_patterns(LAYERS, config)
+        check_patterns([row.name for row in LAYERS], config.exclude, "exclude")
         return
     with pytest.raises(ValueError, match=f"nothing matches '{pattern}'. The first is 'blocks.0"):
-        check_patterns(LAYERS, config)
+        check_patterns([row.name for row in LAYERS], config.exclude, "exclude")
 
 
 def items(config, stages=2, drops=None):
@@ -119,7 +120,7 @@ def test_a_block_goes_together_or_not_at_all():
     assert made[1].errors[-1] == pytest.approx(errors[1][0][-1] + errors[1][1][-1])
     assert made[1].savings[-1] == pytest.approx(savings[1][0][-1] + savings[1][1][-1])
     # Half of a block that stays whole keeps the other half.
-    _, _, fewer = items(replace(config, keep=("blocks.0.ff",)))
+    _, _, fewer = items(replace(config, exclude=("blocks.0.ff",)))
     assert [item.members[0][1] for item in fewer] == [2, 2]
 
 
@@ -140,7 +141,7 @@ def prune(**config):
 def test_limits_hold_in_the_pruned_denoiser(allocation):
     report = prune(
         sparsity=0.3, allocation=allocation, round_to=16, least_heads=2, least_neurons=32,
-        keep=("transformer_blocks.1.attn1",),
+        exclude=("transformer_blocks.1.attn1",),
     ).report  # fmt: skip
     assert report.sparsity == pytest.approx(0.3, abs=0.02)
     for stage in report.stages:
@@ -157,7 +158,7 @@ def test_limits_hold_in_the_pruned_denoiser(allocation):
 def test_more_than_what_may_go_is_refused(allocation):
     keep = ("transformer_blocks.0.*", "transformer_blocks.1.*")
     with pytest.raises(ValueError, match=r"sparsity must be at most 0\.3333 with these settings"):
-        prune(sparsity=0.6, allocation=allocation, keep=keep)
+        prune(sparsity=0.6, allocation=allocation, exclude=keep)
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "optimal"])

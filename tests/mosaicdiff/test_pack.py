@@ -30,7 +30,7 @@ def zeroed(denoiser, kept):
         if layer.name in kept:
             gone = sorted(set(range(layer.groups)) - set(kept[layer.name]))
             columns = layer.columns(torch.tensor(gone, dtype=torch.long))
-            copy.get_submodule(layer.reader).weight.data[:, columns] = 0
+            copy.get_submodule(layer.readers[0]).weight.data[:, columns] = 0
     return copy
 
 
@@ -111,7 +111,7 @@ def test_bias_only_without_a_bias_gives_zeros():
 
 
 def test_narrow_takes_all_rows_of_a_group():
-    layer = PrunableLayer("a", "heads", "r", ("w",), 3, 2, 1)
+    layer = PrunableLayer("a", "heads", ("r",), ("w",), 3, 2, 1)
     groups = torch.tensor([0, 2])
     weight = torch.arange(6.0)[:, None]
     assert layer.narrow("w.weight", weight, groups).flatten().tolist() == [0, 1, 4, 5]

@@ -77,7 +77,7 @@ def test_bins_hold_the_boundaries_of_the_closed_form(steps, bins, power):
 def test_the_most_that_shares_can_reach_is_reached(allocation, keep):
     denoiser = tiny_denoiser()
     layers = adapter_for(denoiser).layers(denoiser)
-    config = PruneConfig(allocation=allocation, keep=keep, max_sparsity=0.8)
+    config = PruneConfig(allocation=allocation, exclude=keep, max_sparsity=0.8)
     frame = make_frame(linear_scheduler(), config)
     most = most_sparsity(layers, frame, config)
     plan = share_plan(layers, frame, config, most)

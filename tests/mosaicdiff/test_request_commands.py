@@ -32,7 +32,7 @@ def by_kind(report, kind):
 def test_layers_that_are_kept_stay_whole(tiny, tiny_file, tmp_path, allocation):
     report = prune(
         tiny, tmp_path / "out", "--from", tiny_file, "--allocation", allocation,
-        "--sparsity", "40%", "--keep", "transformer_blocks.0", "--keep", "*.2.attn1",
+        "--sparsity", "40%", "--exclude", "transformer_blocks.0", "--exclude", "*.2.attn1",
     )  # fmt: skip
     whole = {"transformer_blocks.0.attn1", "transformer_blocks.0.ff", "transformer_blocks.2.attn1"}
     for counts in kept_counts(report):
@@ -40,7 +40,7 @@ def test_layers_that_are_kept_stay_whole(tiny, tiny_file, tmp_path, allocation):
         assert whole <= dense
     assert report["sparsity"] == pytest.approx(0.4, rel=0.02)
     refused(
-        "nothing matches 'blocks.9'", "prune", *tiny.options, "--keep", "blocks.9",
+        "nothing matches 'blocks.9'", "prune", *tiny.options, "--exclude", "blocks.9",
         "--output", tmp_path / "refused",
     )  # fmt: skip
 

@@ -57,7 +57,7 @@ def bins():
 
 
 def test_joined_bins_have_the_mean_hessian(bins):
-    reader = bins.layers[1].reader
+    reader = bins.layers[1].readers[0]
     parts = [row[reader].unpack(torch.device("cpu")) for row in bins.statistics]
     steps = bins.steps
     schedule = make_frame(linear_scheduler(), PruneConfig(steps=20)).schedule
@@ -124,7 +124,7 @@ def test_the_whole_job_with_stages_from_the_data(bins):
 def test_layers_left_whole_have_no_say_in_the_stages(bins):
     """Stages that suit only what is kept whole are no gain: the partition must not follow it."""
     keep = ("transformer_blocks.0.*", "transformer_blocks.2.*")
-    job = request(bins, **AUTO, keep=keep, sparsity=0.2)
+    job = request(bins, **AUTO, exclude=keep, sparsity=0.2)
     plain = stages_from_data(job, bins, silent)
     # Make what is kept whole look as if it changed greatly from bin to bin.
     statistics = []
@@ -132,8 +132,8 @@ def test_layers_left_whole_have_no_say_in_the_stages(bins):
         scaled = dict(row)
         for layer in bins.layers:
             if layer.block != "transformer_blocks.1":
-                part = row[layer.reader]
-                scaled[layer.reader] = replace(part, hessian=part.hessian * 10.0 ** (k % 2 * 4))
+                part = row[layer.readers[0]]
+                scaled[layer.readers[0]] = replace(part, hessian=part.hessian * 10.0 ** (k % 2 * 4))
         statistics.append(scaled)
     loud = stages_from_data(job, replace(bins, statistics=statistics), silent)
     assert [p.firsts for p in loud] == [p.firsts for p in plain]

@@ -55,7 +55,7 @@ def test_a_weight_is_what_noise_in_a_layer_adds_to_the_output():
         for latents, timesteps, inputs in batches:
             with torch.no_grad():
                 clean = adapter.predict(denoiser, latents, timesteps, inputs)
-                reader = denoiser.get_submodule(layer.reader)
+                reader = denoiser.get_submodule(layer.readers[0])
                 handle = reader.register_forward_hook(disturb)
                 noisy = adapter.predict(denoiser, latents, timesteps, inputs)
                 handle.remove()

@@ -41,8 +41,10 @@ def test_score_give_is_clamped():
 def layers(blocks: int, heads: int, neurons: int, width: int = 32) -> list[PrunableLayer]:
     found = []
     for i in range(blocks):
-        found.append(PrunableLayer(f"{i}.attn", "heads", "r", ("w",), heads, width, 4 * width * 96))
-        found.append(PrunableLayer(f"{i}.ff", "neurons", "r", ("w",), neurons, 1, 2 * 96))
+        found.append(
+            PrunableLayer(f"{i}.attn", "heads", ("r",), ("w",), heads, width, 4 * width * 96)
+        )
+        found.append(PrunableLayer(f"{i}.ff", "neurons", ("r",), ("w",), neurons, 1, 2 * 96))
     return found
 
 
