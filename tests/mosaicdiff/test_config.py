@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mosaicdiff.config import ALLOCATIONS, COMPENSATIONS, CRITERIA, PruneConfig
+from mosaicdiff.config import PruneConfig
+from mosaicdiff.config_checks import ALLOCATIONS, COMPENSATIONS, CRITERIA
 
 SHARES = st.floats(0, 1)
 
