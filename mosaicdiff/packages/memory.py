@@ -15,8 +15,9 @@ class MemoryModel:
     Args:
         stages: of the trajectory.
         at_once: whether all stages are summed at once, as along sampled trajectories, where a
-            batch can be undone besides: its sums are kept, half of each symmetric matrix.
-        together: whether what waits to be solved lies in the same memory as the sums (on a CPU).
+            batch can be undone besides: the sums before it are kept in main memory.
+        together: whether main memory is the memory that is meant (on a CPU); statistics wait
+            there, packed, to be solved.
     """
 
     stages: int
@@ -29,7 +30,7 @@ class MemoryModel:
         one = sum(4 * n * (n + 3) for n in widths)
         if not self.at_once:
             return one
-        return self.stages * (one + sum(_packed(n) + 12 * n for n in widths))
+        return self.stages * one * (2 if self.together else 1)
 
     def package(self, units: Sequence[Unit]) -> int:
         """Return the most that a package takes at any time."""
