@@ -13,8 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from .adapters import adapter_for
-from .allocation.allocator import Allocator
-from .allocation.decide import Decision, decide
+from .allocation.decide import Decision, decide, make_allocator
 from .allocation.latency_budget import with_latencies
 from .allocation.planning import PrunePlan, make_frame, share_plan
 from .checkpoint import storage_of
@@ -23,12 +22,11 @@ from .groups import Denoiser
 from .report import DecisionReport, LayerReport, PruneReport, StageReport
 from .request import CalibrationSource, Job, prepare
 from .runtime import StagedDenoiser
-from .solving.fit import Fitter, Solutions, assemble, last_groups_removed
+from .solving.fit import Solutions, assemble, last_groups_removed
 from .sources import source_name
 from .statistics.calibration import Calibration
 from .statistics.calibration_file import made_for
-from .statistics.gather import Progress, gather, trace, weights_of
-from .trajectory.segment import settle_stages
+from .statistics.gather import Progress, gather, trace
 
 
 @dataclass(frozen=True)
@@ -183,29 +181,6 @@ def cut(denoiser: Denoiser, config: PruneConfig, *, scheduler: Any) -> StagedDen
 
 def _silent(what: str, done: int, total: int) -> None:
     pass
-
-
-def make_allocator(job: Job, given: Calibration, tell: Progress) -> tuple[Allocator, Fitter]:
-    """Settle the stages, trace the curves, and set up what makes plans and what fits them."""
-    frame, stages = settle_stages(job, given, tell)
-    stages = trace(job, stages, tell)
-    ranks = None
-    if job.config.granularity != "structured" and job.config.depth_rank != "curve":
-        ranks = [row[job.config.depth_rank] for row in _required(stages.changes, "depth_rank")]
-    weights = weights_of(job, stages)
-    assert stages.curves is not None
-    costs = job.costs.with_steps(frame.steps)
-    allocator = Allocator(frame, job.config, costs, stages.curves, weights, ranks)
-    return allocator, Fitter(job, stages)
-
-
-def _required(values: Any, option: str) -> Any:
-    if values is None:
-        raise ValueError(
-            f"calibration: {option} needs a measurement that this calibration lacks. "
-            f"Calibrate again with that option."
-        )
-    return values
 
 
 def _make_report(

@@ -17,10 +17,10 @@ from .groups import Denoiser, PrunableLayer
 from .patterns import check_patterns
 from .runtime import StagedDenoiser
 from .sources import DIGITS, find_denoiser, load_calibration, source_name
-from .targets import choose_targets, target_shares
 from .statistics.calibration import Calibration
 from .statistics.calibration_file import check_made_for, load_calibration_file, made_for
 from .statistics.noising import Batch, CalibrationSet
+from .targets import choose_targets, target_shares
 
 #: What clean latents may be handed over as.
 CalibrationSource = str | Path | Iterable[Batch] | None

@@ -89,7 +89,12 @@ def split_job(job: Job, units: Sequence[Unit]) -> Split:
 
 
 def solve_packages(
-    job: Job, kind: Packages, split: Split, state: PackageState | None, tell: Progress
+    job: Job,
+    kind: Packages,
+    split: Split,
+    state: PackageState | None,
+    tell: Progress,
+    seen: Collected | None = None,
 ) -> Solved:
     """Calibrate and solve every package with those before it pruned.
 
@@ -98,23 +103,26 @@ def solve_packages(
         kind: that knows how.
         split: of its units.
         state: where each package is kept once solved; those that are there are not solved again.
+            The first process alone has it.
         tell: hears how far it is.
+        seen: statistics of the first package, where they are there already.
 
     Returns:
         The solutions of each stage.
     """
-    device = next(job.denoiser.parameters()).device
+    device, world = next(job.denoiser.parameters()).device, World.current()
     solved: Solved = [{} for _ in job.frame.division.stages]
     for p, package in enumerate(split.packages):
-        stored = None if state is None else state.load(p)
+        stored = world.from_first(None if state is None else state.load(p))
         if stored is None:
             network = kind.network(job.denoiser, solved) if any(solved) else job.denoiser
             what = "calibrate" if len(split.packages) == 1 else (
                 f"package {p + 1} of {len(split.packages)}:"
             )  # fmt: skip
-            found = solve_package(job, kind.solve, split, package, network, tell, what)
+            given = seen if p == 0 else None
+            found = solve_package(job, kind.solve, split, package, network, tell, what, given)
             found = [_exchanged(row, kind, device) for row in found]
-            if state is not None and World.current().is_first:
+            if state is not None:
                 packed = [{n: kind.pack(one) for n, one in row.items()} for row in found]
                 state.save(p, packed)
         else:
@@ -135,6 +143,7 @@ def solve_package(
     network: Denoiser,
     tell: Progress,
     what: str,
+    given: Collected | None = None,
 ) -> Solved:
     """Collect the statistics of one package along a network, and solve it by `solve`.
 
@@ -142,7 +151,7 @@ def solve_package(
         What this process solved of each stage: all of it, where it is alone.
     """
     widths = {name: n for unit in package for name, n in unit.widths.items()}
-    statistics = collect(job, network, widths, tell, what)
+    statistics = collect(job, network, widths, tell, what) if given is None else given
     world = World.current()
     runs = split.chunks(package)
     if world.size > 1:  # shares of about equal work, one each

@@ -59,9 +59,7 @@ class WeightPackages:
         except (ValueError, RuntimeError) as error:
             raise type(error)(f"{error} (Linear {target.name}.)") from None
 
-    def network(
-        self, base: Denoiser, solutions: list[dict[str, WeightSolution]]
-    ) -> StagedDenoiser:
+    def network(self, base: Denoiser, solutions: list[dict[str, WeightSolution]]) -> StagedDenoiser:
         """Build the staged denoiser of the linears solved so far around a base."""
         job = self._job
         return assemble_weights(
@@ -78,6 +76,4 @@ class WeightPackages:
     def unpack(self, name: str, stored: Stored, device: torch.device) -> WeightSolution:
         """Return the solution of a linear; the inverse of `pack`."""
         tensors, numbers = stored
-        return WeightSolution(
-            tensors["weight"].to(device), tensors["mask"].to(device), **numbers
-        )
+        return WeightSolution(tensors["weight"].to(device), tensors["mask"].to(device), **numbers)
