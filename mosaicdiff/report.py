@@ -54,6 +54,24 @@ class DecisionReport:
 
 
 @dataclass(frozen=True)
+class PackagesReport:
+    """How the network was calibrated and solved, part after part.
+
+    Args:
+        count: of the packages.
+        memory: bytes that were allowed; None is no limit.
+        expected_bytes: what the largest package was expected to take, beside the model and its
+            activations.
+        accumulator_bytes: the most that the sums over calibration inputs took, as measured.
+    """
+
+    count: int
+    memory: int | None
+    expected_bytes: int
+    accumulator_bytes: int
+
+
+@dataclass(frozen=True)
 class PruneReport:
     """What was done: MACs are of one denoiser call for one sample; pruned ones average the steps.
 
@@ -77,6 +95,7 @@ class PruneReport:
     resident_bytes: int
     seconds: float
     decision: DecisionReport | None = None
+    packages: PackagesReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that JSON can hold."""
@@ -124,4 +143,6 @@ def report_from_dict(values: dict[str, Any]) -> PruneReport:
     ]
     decision = values.get("decision")
     made = None if decision is None else DecisionReport(**decision)
-    return PruneReport(**{**values, "stages": stages, "decision": made})
+    packages = values.get("packages")
+    split = None if packages is None else PackagesReport(**packages)
+    return PruneReport(**{**values, "stages": stages, "decision": made, "packages": split})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +12,7 @@ from ..distributed import World
 from ..groups import Denoiser
 from ..request import Job
 from ..runtime import StagedDenoiser
-from ..statistics.collect import Progress, collect
+from ..statistics.collect import Peak, Progress, collect
 from .memory import MemoryModel, make_packages
 from .state import PackageState, Stored
 from .structured import Collected
@@ -42,11 +42,12 @@ class Packages(Protocol):
 
 @dataclass(frozen=True)
 class Split:
-    """The packages of a request and what they are expected to take."""
+    """The packages of a request, what they are expected to take, and what their sums took."""
 
     packages: list[list[Unit]]
     model: MemoryModel
     memory: int | None
+    peak: Peak = field(default_factory=Peak)
 
     @property
     def expected_bytes(self) -> int:
@@ -151,7 +152,9 @@ def solve_package(
         What this process solved of each stage: all of it, where it is alone.
     """
     widths = {name: n for unit in package for name, n in unit.widths.items()}
-    statistics = collect(job, network, widths, tell, what) if given is None else given
+    statistics = (
+        collect(job, network, widths, tell, what, split.peak) if given is None else given
+    )
     world = World.current()
     runs = split.chunks(package)
     if world.size > 1:  # shares of about equal work, one each

@@ -14,6 +14,7 @@ from ..allocation.budget import Budget
 from ..allocation.decide import Decision, decide, make_allocator
 from ..allocation.planning import PrunePlan, share_plan
 from ..distributed import World
+from ..report import PackagesReport
 from ..request import Job
 from ..statistics.calibration import Calibration
 from ..statistics.calibration_file import made_for
@@ -33,14 +34,14 @@ class PackedResult:
     Args:
         kind: that solved them, and builds the network.
         solutions: of each stage, by name.
-        split: into packages.
         decision: what layers give up; None where single weights go.
+        packages: what they took.
     """
 
     kind: Packages
     solutions: Solved
-    split: Split
     decision: Decision | None
+    packages: PackagesReport
 
 
 def in_packages(job: Job, state: Path | None) -> bool:
@@ -70,12 +71,16 @@ def prune_in_packages(
     units = weights.units if weights is not None else layer_units(job.denoiser, job.layers)
     split = split_job(job, units)
     state = _open_state(job, split, folder, resume)
-    if weights is not None:
-        return PackedResult(weights, solve_packages(job, weights, split, state, tell), split, None)
-    decision, seen = _decide(job, split, state, tell)
-    layers = LayerPackages(job, decision.plan)
-    solved = solve_packages(job, layers, split, state, tell, seen)
-    return PackedResult(layers, solved, split, decision)
+    decision, seen = None, None
+    kind: Packages | None = weights
+    if kind is None:
+        decision, seen = _decide(job, split, state, tell)
+        kind = LayerPackages(job, decision.plan)
+    solved = solve_packages(job, kind, split, state, tell, seen)
+    packages = PackagesReport(
+        len(split.packages), split.memory, split.expected_bytes, split.peak.bytes
+    )
+    return PackedResult(kind, solved, decision, packages)
 
 
 def _open_state(job: Job, split: Split, folder: Path | None, resume: bool) -> PackageState | None:
