@@ -61,6 +61,11 @@ def plan(
 def plan_of(job: Job) -> PrunePlan:
     """Return the plan of a checked request; see `plan`."""
     unit = job.config.budget.unit
+    if job.config.removes_weights:
+        raise ValueError(
+            f"plan: granularity must remove groups, got {job.config.granularity!r}: single weights "
+            "are chosen while they are removed. Prune."
+        )
     if unit in ("quality", "latency") or job.config.allocation == "evolutionary":
         raise ValueError(
             f"plan: budget must be in sparsity, macs, params or size, and allocation not "
@@ -176,6 +181,11 @@ def calibrate(
 
 def calibrate_job(job: Job, tell: Progress) -> Calibration:
     """Calibrate a checked request; see `calibrate`."""
+    if job.config.removes_weights:
+        raise ValueError(
+            f"calibrate: granularity must remove groups, got {job.config.granularity!r}: "
+            "statistics are kept of those alone. Prune without."
+        )
     made = made_for(job.denoiser, job.scheduler, job.config)
     measured = replace(gather(job, tell), made_for=made)
     return measured if job.config.stage_count == "auto" else trace(job, measured, tell)

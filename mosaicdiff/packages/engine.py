@@ -152,9 +152,7 @@ def solve_package(
         What this process solved of each stage: all of it, where it is alone.
     """
     widths = {name: n for unit in package for name, n in unit.widths.items()}
-    statistics = (
-        collect(job, network, widths, tell, what, split.peak) if given is None else given
-    )
+    statistics = collect(job, network, widths, tell, what, split.peak) if given is None else given
     world = World.current()
     runs = split.chunks(package)
     if world.size > 1:  # shares of about equal work, one each

@@ -67,9 +67,7 @@ def prune_in_packages(
     Raises:
         ValueError: the packages do not fit into the memory allowed, or the state is another's.
     """
-    weights = WeightPackages(job) if job.config.removes_weights else None
-    units = weights.units if weights is not None else layer_units(job.denoiser, job.layers)
-    split = split_job(job, units)
+    weights, split = split_request(job)
     state = _open_state(job, split, folder, resume)
     decision, seen = None, None
     kind: Packages | None = weights
@@ -81,6 +79,17 @@ def prune_in_packages(
         len(split.packages), split.memory, split.expected_bytes, split.peak.bytes
     )
     return PackedResult(kind, solved, decision, packages)
+
+
+def split_request(job: Job) -> tuple[WeightPackages | None, Split]:
+    """Split a request into packages; nothing is run.
+
+    Raises:
+        ValueError: they do not fit into the memory allowed.
+    """
+    weights = WeightPackages(job) if job.config.removes_weights else None
+    units = weights.units if weights is not None else layer_units(job.denoiser, job.layers)
+    return weights, split_job(job, units)
 
 
 def _open_state(job: Job, split: Split, folder: Path | None, resume: bool) -> PackageState | None:
