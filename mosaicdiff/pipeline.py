@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline
 
 from .adapters import adapter_for
-from .allocation.decide import Decision, decide, make_allocator
+from .allocation.decide import decide, make_allocator
 from .allocation.latency_budget import with_latencies
 from .allocation.planning import PrunePlan, make_frame, share_plan
-from .checkpoint import storage_of
 from .config import PruneConfig
 from .groups import Denoiser
 from .packages.prune import in_packages, prune_in_packages
@@ -24,7 +21,7 @@ from .report import PruneReport
 from .reporting import report_of
 from .request import CalibrationSource, Job, prepare
 from .runtime import StagedDenoiser
-from .solving.fit import Solutions, assemble, last_groups_removed
+from .solving.fit import assemble, last_groups_removed
 from .sources import source_name
 from .statistics.calibration import Calibration
 from .statistics.calibration_file import made_for
