@@ -58,6 +58,12 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor)
 
+    def any(self, value: bool) -> bool:
+        """Tell whether a statement is true in one of the processes."""
+        held = torch.tensor(float(value))
+        self.sum_(held)
+        return bool(held > 0)
+
     def merged(self, values: Mapping[str, Value]) -> dict[str, Value]:
         """Return what all processes hold, by name; each name is held by one of them."""
         if self.size == 1:

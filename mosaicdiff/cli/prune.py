@@ -197,7 +197,7 @@ def _dry_run(
     final = plan_of(job) if known else None
     stages = len(job.frame.division)
     cost = estimate_cost(job.denoiser, job.adapter, job.layers, stages, config)
-    packages = None
+    packages: dict[str, int] = {}
     if in_packages(job, None):
         kind, split = split_request(job)
         packages = {"count": len(split.packages), "bytes": split.expected_bytes}
@@ -212,11 +212,11 @@ def _dry_run(
             row["removed"] = {layer.name: count for layer, count in counts}
     if as_json:
         sparsity = None if final is None else final.sparsity
-        values = {"sparsity": sparsity, "budget": str(config.budget), "stages": rows}
-        values |= {"packages": packages}
+        values: dict[str, Any] = {"sparsity": sparsity, "budget": str(config.budget)}
+        values |= {"stages": rows, "packages": packages or None}
         print_json(values | {"cost": cost, "config": config.to_dict()})
         return
-    if packages is not None:
+    if packages:
         console().print(
             f"{packages['count']} packages, each of at most {human_bytes(packages['bytes'])} "
             "beside the model and its activations",

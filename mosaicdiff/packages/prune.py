@@ -44,7 +44,7 @@ class PackedResult:
     packages: PackagesReport
 
 
-def in_packages(job: Job, state: Path | None) -> bool:
+def in_packages(job: Job, state: str | Path | None) -> bool:
     """Tell whether a request goes package by package, or all at once."""
     config = job.config
     return (

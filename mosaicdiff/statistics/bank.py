@@ -9,6 +9,8 @@ import torch
 
 from mosaic_kernels import hessian_finalize_, hessian_update_
 
+from ..distributed import World
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -63,6 +65,36 @@ class HessianBank:
     def bytes_needed(widths: Mapping[str, int]) -> int:
         """Return the bytes that the sums of these readers take."""
         return sum(4 * n * (n + 3) for n in widths.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the sums take now."""
+        return sum(
+            part.numel() * part.element_size() for row in self._sums.values() for part in row
+        )
+
+    def add_up(self, world: World, device: torch.device) -> None:
+        """Add the sums of all processes together, so that each holds those of all samples.
+
+        Args:
+            world: the processes; each must call this.
+            device: where sums start that this process saw nothing of.
+        """
+        if world.size == 1:
+            return
+        for reader in sorted(self._widths):
+            started = self._sums.get(reader)
+            wide = world.any(started is not None and started[0].dtype == torch.float64)
+            if not world.any(started is not None):
+                continue  # nobody saw it: `finalize` says so
+            if started is None:
+                dtype = torch.float64 if wide else torch.float32
+                started = self._start(reader, torch.empty(0, dtype=dtype, device=device))
+            for part in started:
+                world.sum_(part)
+            weight = torch.tensor(self._weights[reader], dtype=torch.float64)
+            world.sum_(weight)
+            self._weights[reader] = float(weight)
 
     def update(self, reader: str, x: torch.Tensor, weight: float = 1.0) -> None:
         """Add the tokens of one call, x (..., n), each with the same weight."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
+from ..distributed import World
 from ..groups import Denoiser
 from ..request import Job
 from ..runtime import StagedDenoiser
@@ -16,12 +18,24 @@ from .noising import collect_statistics
 Progress = Callable[[str, int, int], None]
 
 
+@dataclass
+class Peak:
+    """The most bytes that sums took at one time."""
+
+    bytes: int = 0
+
+    def see(self, count: int) -> None:
+        """Hear of what they take now."""
+        self.bytes = max(self.bytes, count)
+
+
 def collect(
     job: Job,
     network: Denoiser,
     widths: Mapping[str, int],
     tell: Progress,
     what: str = "calibrate",
+    peak: Peak | None = None,
 ) -> list[dict[str, PackedStatistics]]:
     """Run a network as the request says and return the statistics of linears' inputs.
 
@@ -34,6 +48,7 @@ def collect(
             still hold the dense denoiser's own module objects for them.
         tell: hears how far it is.
         what: that is done, for `tell`.
+        peak: hears what the sums take.
 
     Returns:
         For each stage of `job.frame.division`, the statistics of every linear by name.
@@ -42,11 +57,11 @@ def collect(
         ValueError: there is nothing to run, or a linear saw no sample, or something that is not
             finite, in a stage.
     """
-    return _collect_noised(job, network, widths, tell, what)
+    return _collect_noised(job, network, widths, tell, what, peak or Peak())
 
 
 def _collect_noised(
-    job: Job, network: Denoiser, widths: Mapping[str, int], tell: Progress, what: str
+    job: Job, network: Denoiser, widths: Mapping[str, int], tell: Progress, what: str, peak: Peak
 ) -> list[dict[str, PackedStatistics]]:
     data = job.require_data("calibration")
     stages = job.frame.division.stages
@@ -65,6 +80,8 @@ def _collect_noised(
                 job.denoiser, job.adapter, widths, stage, job.frame.schedule, data, job.config,
                 advance, runs,
             )  # fmt: skip
+            bank.add_up(World.current(), next(job.denoiser.parameters()).device)
+            peak.see(bank.nbytes)
             statistics.append(finish(bank, widths, stage.name))
     return statistics
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..adapters import Adapter
 from ..config import PruneConfig
+from ..distributed import World
 from ..trajectory.schedule import NoiseSchedule
 from ..trajectory.stages import Stage
 from .bank import HessianBank
@@ -92,7 +93,8 @@ def collect_statistics(
 
     Timesteps are uniform in the stage, noise is normal, and `config.null_share` of the samples
     carries the null condition. Draws depend on the seed and the stage only, and are made on the
-    CPU, so that they are the same on every device.
+    CPU, so that they are the same on every device and in every process. Several processes share
+    out the batches: the sums are of this one's.
 
     Args:
         denoiser: the dense one, whose linears are watched.
@@ -102,12 +104,14 @@ def collect_statistics(
 
     Source: MosaicDiff (arXiv 2510.11962), SNR-aware calibration.
     """
-    bank = HessianBank(widths)
+    bank, world = HessianBank(widths), World.current()
+    runs = denoiser if network is None else network
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + stage.first)
     batches = draw_noisy(denoiser, adapter, stage, schedule, data, config, generator)
     with torch.no_grad(), capture_inputs(denoiser, widths, bank.update):
-        for noisy, timesteps, inputs in batches:
-            adapter.predict(denoiser if network is None else network, noisy, timesteps, inputs)
+        for index, (noisy, timesteps, inputs) in enumerate(batches):
+            if world.mine(index):
+                adapter.predict(runs, noisy, timesteps, inputs)
             advance(len(noisy))
     return bank
 
