@@ -28,6 +28,7 @@ from .sources import source_name
 from .statistics.calibration import Calibration
 from .statistics.calibration_file import made_for
 from .statistics.gather import Progress, gather, trace, weights_of
+from .statistics.prompts import PromptSource
 from .trajectory.segment import settle_stages
 
 
@@ -47,6 +48,7 @@ def plan(
     scheduler: Any = None,
     calibration: CalibrationSource = None,
     measured: Calibration | str | Path | None = None,
+    prompts: PromptSource = None,
 ) -> PrunePlan:
     """Check a request and say what it would remove, without running the model.
 
@@ -55,7 +57,9 @@ def plan(
     Raises:
         ValueError: what is removed depends on a calibration that is not there yet.
     """
-    return plan_of(prepare(model, config or PruneConfig(), scheduler, calibration, measured))
+    return plan_of(
+        prepare(model, config or PruneConfig(), scheduler, calibration, measured, prompts)
+    )
 
 
 def plan_of(job: Job) -> PrunePlan:
@@ -85,6 +89,7 @@ def prune(
     scheduler: Any = None,
     calibration: CalibrationSource = None,
     measured: Calibration | str | Path | None = None,
+    prompts: PromptSource = None,
     search_state: str | Path | None = None,
     progress: Progress | None = None,
 ) -> PruneResult:
@@ -97,9 +102,14 @@ def prune(
         scheduler: of a bare denoiser; of a pipeline the default is its own.
         calibration: clean latents: batches of (latents (B, C, H, W), other forward arguments),
             or, for a pipeline, a path (a folder of images, `.npz`, `.safetensors`). The
-            embedded `digits` pipeline needs none.
+            embedded `digits` pipeline needs none, nor does `activations="trajectory"`: what
+            needs clean latents takes those that the pipeline draws, and the closed-form stages
+            take a power of 1.
         measured: what `calibrate` gave, or its file: then the model is not run again, but for
             budgets and searches that measure the result.
+        prompts: of `activations="trajectory"`: texts, or labels (numbers or names) of a
+            class-conditional pipeline, or a `.txt` file with one in a line. Labels may be left
+            out: then all classes are drawn evenly.
         search_state: file that keeps an evolutionary search; one that is there is gone on with.
         progress: hears how far the work is.
 
@@ -112,7 +122,7 @@ def prune(
         RuntimeError: a layer's Hessian could not be inverted under any allowed damping.
     """
     started = time.perf_counter()
-    job = prepare(model, config or PruneConfig(), scheduler, calibration, measured)
+    job = prepare(model, config or PruneConfig(), scheduler, calibration, measured, prompts)
     tell = progress or _silent
     if job.config.budget.unit == "latency":
         job = with_latencies(job, tell)
@@ -140,6 +150,7 @@ def calibrate(
     *,
     scheduler: Any = None,
     calibration: CalibrationSource = None,
+    prompts: PromptSource = None,
     progress: Progress | None = None,
 ) -> Calibration:
     """Measure all that pruning needs of a model, once for every budget.
@@ -147,14 +158,13 @@ def calibrate(
     Arguments and errors are those of `prune`. With `stages="auto"` the bins are kept, and the
     stages may be put wherever bins meet; otherwise the curves of the stages are traced too.
     """
-    return calibrate_job(
-        prepare(model, config or PruneConfig(), scheduler, calibration), progress or _silent
-    )
+    job = prepare(model, config or PruneConfig(), scheduler, calibration, prompts=prompts)
+    return calibrate_job(job, progress or _silent)
 
 
 def calibrate_job(job: Job, tell: Progress) -> Calibration:
     """Calibrate a checked request; see `calibrate`."""
-    made = made_for(job.denoiser, job.scheduler, job.config)
+    made = made_for(job.denoiser, job.scheduler, job.config, job.prompts)
     measured = replace(gather(job, tell), made_for=made)
     return measured if job.config.stage_count == "auto" else trace(job, measured, tell)
 
