@@ -27,7 +27,7 @@ _NAMES = {
     "model": "the model's weights",
     "config": "the configuration",
     "calibration": "the calibration inputs",
-    "schedule": "the noise schedule",
+    "schedule": "the scheduler",
     "code": "the version of mosaicdiff",
     "packages": "the packages",
 }
