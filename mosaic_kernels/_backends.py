@@ -77,6 +77,10 @@ def backends() -> dict[str, Any]:
                 "cpu": _cpp("panels, and products of half a matrix"),
                 "cuda": _cuda_panels(),
             },
+            "prune_columns_joint": {
+                "cpu": _cpp("inverse and products of half a matrix in C++, pivots on torch"),
+                "cuda": _cuda("torch", "pivots on torch, many small launches"),
+            },
             "compensate": {"cpu": _cpp("blocked Cholesky solve"), "cuda": _cuda("torch", "")},
             "prune_weights": {
                 "cpu": _cpp("masks and walks in C++, products by torch"),

@@ -87,24 +87,31 @@ def require_square(function: str, argument: str, matrix: Tensor) -> None:
     )
 
 
-def require_layer(function: str, weight: Tensor, h: Tensor, dims: tuple[int, ...]) -> None:
-    """Check a layer, or a batch of them: weight (..., m, n), finite, and H (..., n, n)."""
-    require_tensor(function, "h", h, dims=dims, dtypes=WIDE)
-    require_square(function, "h", h)
-    require_tensor(function, "weight", weight, dims=(h.dim(),), dtypes=FLOATS, like=h)
+def require_layer(
+    function: str, weight: Tensor, h: Tensor, dims: tuple[int, ...], index: str = ""
+) -> None:
+    """Check a layer, or a batch of them: weight (..., m, n), finite, and H (..., n, n).
+
+    ``index`` is that of the layer where the arguments are sequences ``weights`` and ``hs``.
+    """
+    plural = f"s{index}" if index else ""
+    w_name, h_name = f"weight{plural}", f"h{plural}"
+    require_tensor(function, h_name, h, dims=dims, dtypes=WIDE)
+    require_square(function, h_name, h)
+    require_tensor(function, w_name, weight, dims=(h.dim(),), dtypes=FLOATS, like=h)
     shape = ", ".join(map(str, (*h.shape[:-2], "m", h.shape[-1])))
     require(
         weight.shape[:-2] == h.shape[:-2] and weight.shape[-1] == h.shape[-1],
         function,
-        "weight",
-        f"({shape}) to match h",
+        w_name,
+        f"({shape}) to match {h_name}",
         describe(weight),
         "H is that of the layer's input columns.",
     )
     require(
         weight.shape[-2] > 0,
         function,
-        "weight",
+        w_name,
         "of at least one row",
         describe(weight),
         "There is nothing to prune.",
@@ -113,11 +120,34 @@ def require_layer(function: str, weight: Tensor, h: Tensor, dims: tuple[int, ...
     require(
         bool(finite.all()),
         function,
-        "weight",
+        w_name,
         "finite",
         f"NaN or infinity in batch {bad_entries(~finite)}",
         "The checkpoint is damaged, or was cast to too narrow a type.",
     )
+
+
+def require_removals(function: str, columns: int, group_size: int, count: int | None) -> int:
+    """Check the width of a group and the number of groups to remove; return that number."""
+    require(
+        group_size >= 1 and columns % group_size == 0,
+        function,
+        "group_size",
+        f"a divisor of the {columns} columns",
+        group_size,
+        "Use 1 for neurons and the width of a head for heads.",
+    )
+    groups = columns // group_size
+    count = groups if count is None else count
+    require(
+        0 <= count <= groups,
+        function,
+        "count",
+        f"between 0 and {groups}, the number of groups",
+        count,
+        "Leave it out for the whole trajectory.",
+    )
+    return count
 
 
 def require_damping(function: str, damping: float) -> None:

@@ -65,29 +65,31 @@ def _attempt(h: Tensor, ridge: Tensor, attempt: Attempt) -> tuple[Tensor, Tensor
     return result, failed | ~_checks.all_finite(result)
 
 
-def require_usable(name: str, h: Tensor, first: int = 0) -> None:
+def require_usable(name: str, h: Tensor, first: int = 0, label: str = "h") -> None:
     """Check that each matrix of a batch is finite and has a positive mean on its diagonal."""
     mean = h.diagonal(dim1=-2, dim2=-1).mean(-1)
     finite = _checks.all_finite(h)
     if not bool(finite.all()):
         raise ValueError(
-            f"{name}: h must be finite, got NaN or infinity in batch "
+            f"{name}: {label} must be finite, got NaN or infinity in batch "
             f"{_checks.bad_entries(~finite, first)}. Look at the calibration activations."
         )
     if not bool((mean > 0).all()):
         raise ValueError(
-            f"{name}: h must be of positive mean diagonal, got {mean[mean <= 0].tolist()} in batch "
-            f"{_checks.bad_entries(mean <= 0, first)}. No channel of that layer ever fired, or "
-            "H is not a sum of x x^T: check the calibration inputs."
+            f"{name}: {label} must be of positive mean diagonal, got {mean[mean <= 0].tolist()} "
+            f"in batch {_checks.bad_entries(mean <= 0, first)}. No channel of that layer ever "
+            "fired, or H is not a sum of x x^T: check the calibration inputs."
         )
 
 
-def require_factor(name: str, used: Tensor, limit: float, cure: str = "", first: int = 0) -> None:
+def require_factor(
+    name: str, used: Tensor, limit: float, cure: str = "", first: int = 0, label: str = "h"
+) -> None:
     """Raise a RuntimeError that names the entries for which no damping was enough."""
     failed = torch.isinf(used)
     if bool(failed.any()):
         raise RuntimeError(
-            f"{name}: h must be positive definite after damping, got no Cholesky factor for "
+            f"{name}: {label} must be positive definite after damping, got no Cholesky factor for "
             f"batch {_checks.bad_entries(failed, first)} with damping up to {limit}. Check that H "
             f"is finalised and symmetric{cure}."
         )

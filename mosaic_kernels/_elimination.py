@@ -67,6 +67,9 @@ class Panel:
 
 
 RunPanel = Callable[[State, int], Panel]
+# Takes the losses (B, groups), infinite for groups that are gone; returns the positions (B,) of
+# those to remove.
+Choose = Callable[[Tensor], Tensor]
 
 
 def eliminate(
@@ -77,13 +80,21 @@ def eliminate(
     The memory of ``inverse`` is used up. Where A of a layer stops being positive definite, its
     losses are not a number from there on.
     """
-    batch = inverse.shape[0]
-    order = torch.empty(batch, count, dtype=torch.int64, device=inverse.device)
-    losses = inverse.new_empty(batch, count)
     if count == 0:
-        return order, losses
-    state = initial_state(weight, inverse, group_size)
-    width = max(1, PANEL_COLUMNS // group_size)
+        return empty_order(inverse, 0)
+    return eliminate_from(initial_state(weight, inverse, group_size), count, run_panel)
+
+
+def empty_order(inverse: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return (order, losses), both (B, count), to be filled."""
+    order = torch.empty(inverse.shape[0], count, dtype=torch.int64, device=inverse.device)
+    return order, inverse.new_empty(order.shape)
+
+
+def eliminate_from(state: State, count: int, run_panel: RunPanel) -> tuple[Tensor, Tensor]:
+    """Remove ``count`` groups, at least 1, as ``eliminate`` does; the state is used up."""
+    order, losses = empty_order(state.inverse, count)
+    width = max(1, PANEL_COLUMNS // state.group_size)
     removed = done = 0
     while True:
         panel = run_panel(state, min(width, count - done))
@@ -103,10 +114,15 @@ def eliminate(
 
 def initial_state(weight: Tensor, inverse: Tensor, group_size: int) -> State:
     """Return the state before the first removal: A as it is, and the lower triangle of W^T W."""
-    batch, n = inverse.shape[:2]
-    groups = n // group_size
     gram = inverse.new_zeros(inverse.shape)
     _products.add_product_lower_(gram, (weight, weight))
+    return state_of(inverse, gram, group_size)
+
+
+def state_of(inverse: Tensor, gram: Tensor, group_size: int) -> State:
+    """Return the state before the first removal, of A and of G = W^T W in its lower triangle."""
+    batch, n = inverse.shape[:2]
+    groups = n // group_size
     return State(
         inverse.contiguous(),
         gram,
@@ -152,7 +168,12 @@ def pack(state: State, panel: Panel, removed: int) -> None:
     panel.u, panel.v = panel.u.gather(2, wanted), panel.v.gather(2, wanted)
 
 
-def panel_torch(state: State, pivots: int) -> Panel:
+def least_loss(losses: Tensor) -> Tensor:
+    """Choose the group of least loss in each layer; ties go to the lowest index."""
+    return losses.argmin(1)
+
+
+def panel_torch(state: State, pivots: int, choose: Choose = least_loss) -> Panel:
     """Remove ``pivots`` groups with batched torch operators, without asking the device.
 
     The same arithmetic as the compiled panel; some thirty small launches for each removal.
@@ -171,7 +192,7 @@ def panel_torch(state: State, pivots: int) -> Panel:
         # A broken layer goes on with its lowest groups, zero rows and no loss: the others of
         # the batch are not held up, and the caller reports it.
         loss = loss.masked_fill(broken[:, None], 0).masked_fill(~state.alive, float("inf"))
-        best = loss.argmin(1)
+        best = choose(loss)
         picked[:, k] = best
         losses[:, k] = loss[entries, best].masked_fill(broken, float("nan"))
         state.alive[entries, best] = False

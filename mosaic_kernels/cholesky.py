@@ -58,12 +58,19 @@ def cholesky_inverse(
 
 
 def inverse_of_entries(
-    h: Tensor, damping: float, max_damping: float = _damping.MAX_DAMPING, first: int = 0
+    h: Tensor,
+    damping: float,
+    max_damping: float = _damping.MAX_DAMPING,
+    first: int = 0,
+    label: str = "h",
 ) -> tuple[Tensor, Tensor]:
-    """Invert (B, n, n) entries of a larger batch; ``first`` is the number of the first of them."""
+    """Invert (B, n, n) entries of a larger batch.
+
+    ``first`` is the number of the first of them, ``label`` the caller's name of the batch.
+    """
     inverse, used = _inverse_op(h, float(damping), float(max_damping), first)
     cure = ", or raise max_damping"
-    _damping.require_factor("cholesky_inverse", used, max_damping, cure, first)
+    _damping.require_factor("cholesky_inverse", used, max_damping, cure, first, label)
     return inverse, used
 
 

@@ -1,7 +1,6 @@
 """Greedy second-order elimination of groups of input columns, as a whole trajectory."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,11 +8,11 @@ from torch import Tensor
 from mosaic_kernels import _checks, _damping, _elimination, _memory, _products
 from mosaic_kernels._extension import EXTENSION
 from mosaic_kernels._precision import full_precision
+from mosaic_kernels._trajectory import Removals
 from mosaic_kernels.cholesky import inverse_of_entries
 
 
-@dataclass(frozen=True, eq=False)
-class Trajectory:
+class Trajectory(Removals):
     """The order in which the groups of a layer, or of a batch of layers, are removed.
 
     Its first k entries are the pruning at level k: one elimination gives every sparsity level.
@@ -26,43 +25,6 @@ class Trajectory:
         group_size: columns in a group.
         columns: input columns of the layer, before pruning.
     """
-
-    order: Tensor
-    losses: Tensor
-    damping: Tensor
-    group_size: int
-    columns: int
-
-    def kept(self, level: int, entry: int = 0) -> Tensor:
-        """Return the sorted columns that are left after the first ``level`` removals.
-
-        Args:
-            level: number of removed groups, 0 to K.
-            entry: which layer of the batch.
-
-        Returns:
-            (columns - level * group_size,) int64, on the device of ``order``.
-
-        Raises:
-            ValueError: ``level`` or ``entry`` is out of range.
-        """
-        batch, count = self.order.shape
-        for label, value, end in (("level", level, count + 1), ("entry", entry, batch)):
-            _checks.require(
-                0 <= value < end,
-                "Trajectory.kept",
-                label,
-                f"between 0 and {end - 1}",
-                value,
-                "Prune with a larger count to go further."
-                if label == "level"
-                else "The trajectory holds one entry for each layer of the batch.",
-            )
-        alive = torch.ones(
-            self.columns // self.group_size, dtype=torch.bool, device=self.order.device
-        )
-        alive[self.order[entry, :level]] = False
-        return torch.nonzero(alive.repeat_interleave(self.group_size)).flatten()
 
 
 def prune_columns(
@@ -110,24 +72,7 @@ def prune_columns(
     weight, h = weight.detach(), h.detach()
     _checks.require_damping(name, damping)
     n = h.shape[-1]
-    _checks.require(
-        group_size >= 1 and n % group_size == 0,
-        name,
-        "group_size",
-        f"a divisor of the {n} columns",
-        group_size,
-        "Use 1 for neurons and the width of a head for heads.",
-    )
-    groups = n // group_size
-    count = groups if count is None else count
-    _checks.require(
-        0 <= count <= groups,
-        name,
-        "count",
-        f"between 0 and {groups}, the number of groups",
-        count,
-        "Leave it out for the whole trajectory.",
-    )
+    count = _checks.require_removals(name, n, group_size, count)
     batch_h = h.unsqueeze(0) if h.dim() == 2 else h
     batch_weight = weight.unsqueeze(0) if weight.dim() == 2 else weight
     m, batch = batch_weight.shape[1], batch_h.shape[0]
@@ -143,7 +88,7 @@ def prune_columns(
         dead = part_h.diagonal(dim1=-2, dim2=-1) == 0
         work = batch_weight[part].to(h.dtype).masked_fill(dead[:, None, :], 0)
         _eliminate_op(work, inverse, order[part], losses[part], group_size)
-    _check_losses(losses)
+    check_losses(name, losses, losses.dtype)
     return Trajectory(order, losses.double(), used, group_size, n)
 
 
@@ -161,15 +106,19 @@ def elimination_bytes(
     return element_size * columns * (matrices * columns + rows + panel)
 
 
-def _check_losses(losses: Tensor) -> None:
+def check_losses(name: str, losses: Tensor, dtype: torch.dtype, what: str = "A") -> None:
+    """Raise a RuntimeError where (B, K) losses are no numbers: their elimination broke down.
+
+    ``dtype`` is the type it ran in, ``what`` the matrix that failed, both for the message.
+    """
     broken = torch.isnan(losses)
     failed = broken.any(-1)
     if bool(failed.any()):
         first = int(losses.shape[1] - broken[failed].sum(-1).max())
-        dtype = str(losses.dtype).removeprefix("torch.")
         raise RuntimeError(
-            f"prune_columns: A must stay positive definite during the elimination, got a "
-            f"breakdown in batch {_checks.bad_entries(failed)} at removal {first} in {dtype}. "
+            f"{name}: {what} must stay positive definite during the elimination, got a "
+            f"breakdown in batch {_checks.bad_entries(failed)} at removal {first} in "
+            f"{_checks.names((dtype,))}. "
             "Pass h in float64, or use more damping."
         )
 

@@ -85,6 +85,54 @@ def prune_columns_ref(
     )
 
 
+def fused_choice_ref(losses: list[list[float]]) -> int:
+    """Return the position to remove of R readers' losses of the same groups: rank fusion.
+
+    Highest sum of 1 / (60 + rank + 1), exactly; then the least sum of the losses over their sums;
+    then the first.
+    """
+    positions = range(len(losses[0]))
+    score = [Fraction(0) for _ in positions]
+    share = [0.0 for _ in positions]
+    for reader in losses:
+        total = sum(reader)
+        for rank, i in enumerate(sorted(positions, key=lambda i: reader[i])):
+            score[i] += Fraction(1, 60 + rank + 1)
+            share[i] += reader[i] / total if total > 0 else 0.0
+    return min(positions, key=lambda i: (-score[i], share[i]))
+
+
+def prune_columns_joint_ref(
+    weights: list[Tensor], hs: list[Tensor], group_size: int, count: int, damping: float
+) -> tuple[Tensor, Tensor]:
+    """Remove groups one by one from all readers, inverting what is left of each H every time.
+
+    Returns:
+        order (count,) int64 and losses (R, count) float64.
+    """
+    wide = [weight.detach().cpu().double().clone() for weight in weights]
+    for w, h in zip(wide, hs, strict=True):
+        w[:, h.detach().cpu().diagonal() == 0] = 0
+    left = list(range(hs[0].shape[0] // group_size))
+    order: list[int] = []
+    losses = torch.empty(len(hs), count, dtype=torch.float64)
+    for step in range(count):
+        kept = torch.cat([group_columns(group, group_size) for group in left])
+        candidates: list[list[float]] = []
+        for w, h in zip(wide, hs, strict=True):
+            a = torch.linalg.inv(damped_ref(h, damping)[kept][:, kept])
+            fitted = compensate_ref(w, h, kept, damping)
+            candidates.append([])
+            for i in range(len(left)):
+                s = group_columns(i, group_size)
+                loss = torch.trace(fitted[:, s] @ torch.linalg.inv(a[s][:, s]) @ fitted[:, s].T)
+                candidates[-1].append(float(loss))
+        best = fused_choice_ref(candidates)
+        losses[:, step] = torch.tensor([reader[best] for reader in candidates], dtype=torch.float64)
+        order.append(left.pop(best))
+    return torch.tensor(order, dtype=torch.int64), losses
+
+
 def compensate_ref(weight: Tensor, h: Tensor, kept: Tensor, damping: float) -> Tensor:
     """Return (W H_:R) (H_RR)^-1 for the kept columns R of the damped H."""
     damped = damped_ref(h, damping)

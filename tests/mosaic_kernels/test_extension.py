@@ -50,7 +50,7 @@ def test_a_module_that_does_not_load_is_one_guided_error(tmp_path, monkeypatch):
 
 def test_backends_names_every_operator(monkeypatch):
     operators = mk.backends()["operators"]
-    others = ("Sweep", "Trajectory", "backends", "tune_hessian")
+    others = ("JointTrajectory", "Sweep", "Trajectory", "backends", "tune_hessian")
     public = {name for name in mk.__all__ if name not in others}
     assert set(operators) == public
     for entries in operators.values():

@@ -122,6 +122,7 @@ def test_results_are_those_of_the_highest_precision(level, device, make_layer):
             mk.cholesky_inverse(h)[0],
             trajectory.order,
             trajectory.losses,
+            mk.prune_columns_joint([weight], [h], group_size=8, count=10).losses,
             mk.compensate(weight[0], h[0], kept),
         ]
 

@@ -198,7 +198,7 @@ def test_breakdown_error_names_entry_and_cure(monkeypatch, make_layer):
         RuntimeError,
         match="breakdown in batch entry 1 at removal 1 in float32. Pass h in float64, or use more",
     ):
-        prune._check_losses(losses)
+        prune.check_losses("prune_columns", losses, losses.dtype)
 
 
 def test_compensate_of_no_column_and_of_all(device, make_layer):
