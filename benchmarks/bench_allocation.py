@@ -21,9 +21,9 @@ from benchmarks.bench_quality import Study
 from benchmarks.rows import RESULTS, provenance, read_rows, upsert_row
 from mosaicdiff import PruneConfig, prune
 from mosaicdiff.allocation.budget import Budget
-from mosaicdiff.allocation.decide import make_probe, measured_error
+from mosaicdiff.allocation.decide import make_allocator, make_probe, measured_error
 from mosaicdiff.evaluate.sampling import balanced_labels
-from mosaicdiff.pipeline import calibrate, make_allocator
+from mosaicdiff.pipeline import calibrate
 from mosaicdiff.request import prepare
 from mosaicdiff.search_config import SearchConfig
 from mosaicdiff.sources import load_pipeline

@@ -12,14 +12,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .adapters import Adapter, adapter_for_class
+from .adapters import adapter_for_class
 from .files import current_umask, whole_folder, write_text
 from .groups import PrunableLayer
+from .masked_storage import MASKED, masked_parameters, read_masked, store_masked
 from .pack import Parts, narrow_parts
-from .runtime import LayerState, StagedDenoiser, StageInfo
+from .runtime import LayerState, MaskedState, StagedDenoiser, StageInfo, StageState
 from .trajectory.stages import Division, Stage
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CONFIG = "config.json"
 REPORT = "report.json"
 
@@ -74,16 +75,18 @@ def storage_of(
 
     Returns:
         Tensors by stored name; for each parameter of a pruned layer `union` (one tensor over the
-        groups that any stage keeps) or `stage` (one for each stage); and, of the latter, names
-        that stand for an earlier stage's.
+        groups that any stage keeps), `stage` (one for each stage) or `masked`; and, of the last
+        two, names that stand for an earlier stage's.
 
     Raises:
-        ValueError: the stages no longer share what was not pruned.
+        ValueError: the stages no longer share what was not pruned, or a masked weight is not
+            zero where it should be.
     """
     stages, info, adapter = list(staged.stage_models), staged.info, staged.adapter
-    tensors = _shared_tensors(stages, info.layers)
-    storage: dict[str, str] = {}
+    masked = masked_parameters(info)
+    tensors = _shared_tensors(stages, info.layers, masked)
     aliases: dict[str, str] = {}
+    storage = store_masked(info, stages, tensors, aliases)
     for layer in info.layers:
         kept = [_kept(info, k, layer) for k in range(len(stages))]
         for k, groups in enumerate(kept):
@@ -91,6 +94,8 @@ def storage_of(
                 tensors[f"kept.{k}.{layer.name}"] = groups.to(torch.int32)
         parts = [adapter.parts(stage, layer) for stage in stages]
         for name in layer.parameters:
+            if name in masked:
+                continue
             held = [(k, part[name]) for k, part in enumerate(parts) if name in part]
             if not held:
                 continue
@@ -105,12 +110,16 @@ def storage_of(
 
 
 def _shared_tensors(
-    stages: list[nn.Module], layers: tuple[PrunableLayer, ...]
+    stages: list[nn.Module], layers: tuple[PrunableLayer, ...], masked: tuple[str, ...]
 ) -> dict[str, torch.Tensor]:
-    """Collect what no layer's width touches; it must be one tensor in all stages."""
+    """Collect what no layer's width and no mask touches; it must be one tensor in all stages."""
     prefixes = tuple(f"{layer.name}." for layer in layers)
     states = [
-        {k: v for k, v in stage.state_dict().items() if not k.startswith(prefixes)}
+        {
+            k: v
+            for k, v in stage.state_dict().items()
+            if not k.startswith(prefixes) and k not in masked
+        }
         for stage in stages
     ]
     for state in states[1:]:
@@ -287,10 +296,12 @@ def _assemble(
         report=report,
         source=config["source"],
     )
-    _fill_base(base, info, config, tensors)
-    states = [
-        {
-            layer.name: _layer_state(layer, k, info, adapter, config, tensors)
+    masked, whole = _masked_states(base, count, config, tensors)
+    _fill_base(base, info, config, tensors, whole)
+    states: list[StageState] = [
+        masked[k]
+        | {
+            layer.name: _layer_state(layer, k, info, config, tensors)
             for layer in layers
             if layer.name in kept[k]
         }
@@ -303,17 +314,42 @@ def _assemble(
     return staged.to(device)
 
 
+def _masked_states(
+    base: nn.Module, count: int, config: dict[str, Any], tensors: dict[str, torch.Tensor]
+) -> tuple[list[dict[str, LayerState | MaskedState]], dict[str, torch.Tensor]]:
+    """Read the masked linears of each stage, and the weights that other stages keep whole."""
+    states: list[dict[str, LayerState | MaskedState]] = [{} for _ in range(count)]
+    whole: dict[str, torch.Tensor] = {}
+    made: dict[str, MaskedState] = {}
+    shapes = {name: tuple(p.shape) for name, p in base.named_parameters()}
+    for name in (n for n, how in config["storage"].items() if how == MASKED):
+        if name not in shapes:
+            raise ValueError(f"StagedDenoiser: {name} must be in the base model, but it is not.")
+        for k in range(count):
+            one = read_masked(name, k, shapes[name], config["aliases"], tensors, made)
+            if isinstance(one, MaskedState):
+                states[k][name.removesuffix(".weight")] = one
+            else:
+                whole[name] = one
+    return states, whole
+
+
 def _fill_base(
-    base: nn.Module, info: StageInfo, config: dict[str, Any], tensors: dict[str, torch.Tensor]
+    base: nn.Module,
+    info: StageInfo,
+    config: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
+    whole_weights: dict[str, torch.Tensor],
 ) -> None:
-    """Put what is shared, and every layer that some stage keeps whole, into the base."""
+    """Put what is shared, and whatever some stage keeps whole, into the base."""
     prefix = "shared."
     state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    state |= whole_weights
     for layer in info.layers:
         whole = [k for k in range(len(info.kept)) if layer.name not in info.kept[k]]
         if whole:
             for name in layer.parameters:
-                if name in config["storage"]:
+                if config["storage"].get(name, MASKED) != MASKED:
                     state[name] = _stored(name, whole[0], config, tensors)
     base.load_state_dict(state, strict=False, assign=True)
     base.requires_grad_(False)
@@ -322,17 +358,18 @@ def _fill_base(
 def _stored(
     name: str, stage: int, config: dict[str, Any], tensors: dict[str, torch.Tensor]
 ) -> torch.Tensor:
-    if config["storage"][name] == "union":
-        return tensors[f"union.{name}"]
     own = f"stage.{stage}.{name}"
-    return tensors[config["aliases"].get(own, own)]
+    union = config["storage"][name] == "union"
+    stored = f"union.{name}" if union else config["aliases"].get(own, own)
+    if stored not in tensors:
+        raise ValueError(f"StagedDenoiser: weights must hold {stored}, but they do not.")
+    return tensors[stored]
 
 
 def _layer_state(
     layer: PrunableLayer,
     stage: int,
     info: StageInfo,
-    adapter: Adapter,
     config: dict[str, Any],
     tensors: dict[str, torch.Tensor],
 ) -> LayerState:

@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline
 
 from .adapters import adapter_for
-from .allocation.allocator import Allocator
-from .allocation.decide import Decision, decide
+from .allocation.decide import decide, make_allocator
 from .allocation.latency_budget import with_latencies
 from .allocation.planning import PrunePlan, make_frame, share_plan
-from .checkpoint import storage_of
 from .config import PruneConfig
 from .groups import Denoiser
-from .report import DecisionReport, LayerReport, PruneReport, StageReport
+from .packages.prune import in_packages, prune_in_packages
+from .report import PruneReport
+from .reporting import report_of
 from .request import CalibrationSource, Job, prepare
 from .runtime import StagedDenoiser
-from .solving.fit import Fitter, Solutions, assemble, last_groups_removed
+from .solving.fit import assemble, last_groups_removed
 from .sources import source_name
 from .statistics.calibration import Calibration
 from .statistics.calibration_file import made_for
-from .statistics.gather import Progress, gather, trace, weights_of
-from .trajectory.segment import settle_stages
+from .statistics.gather import Progress, gather, trace
 
 
 @dataclass(frozen=True)
@@ -61,6 +58,11 @@ def plan(
 def plan_of(job: Job) -> PrunePlan:
     """Return the plan of a checked request; see `plan`."""
     unit = job.config.budget.unit
+    if job.config.removes_weights:
+        raise ValueError(
+            f"plan: granularity must remove groups, got {job.config.granularity!r}: single weights "
+            "are chosen while they are removed. Prune."
+        )
     if unit in ("quality", "latency") or job.config.allocation == "evolutionary":
         raise ValueError(
             f"plan: budget must be in sparsity, macs, params or size, and allocation not "
@@ -86,6 +88,8 @@ def prune(
     calibration: CalibrationSource = None,
     measured: Calibration | str | Path | None = None,
     search_state: str | Path | None = None,
+    state: str | Path | None = None,
+    resume: str | Path | None = None,
     progress: Progress | None = None,
 ) -> PruneResult:
     """Divide, calibrate, allocate, prune and pack a denoiser.
@@ -101,6 +105,8 @@ def prune(
         measured: what `calibrate` gave, or its file: then the model is not run again, but for
             budgets and searches that measure the result.
         search_state: file that keeps an evolutionary search; one that is there is gone on with.
+        state: new folder that keeps every package once it is solved.
+        resume: such a folder that an interrupted run left, to go on from.
         progress: hears how far the work is.
 
     Returns:
@@ -112,8 +118,34 @@ def prune(
         RuntimeError: a layer's Hessian could not be inverted under any allowed damping.
     """
     started = time.perf_counter()
+    if state is not None and resume is not None:
+        raise ValueError(
+            f"prune: state must be left out with resume, which names the folder, got {state}."
+        )
     job = prepare(model, config or PruneConfig(), scheduler, calibration, measured)
     tell = progress or _silent
+    # A bare denoiser stays the caller's own: the stages get tensors of theirs.
+    base = job.denoiser if job.pipeline is not None else copy.deepcopy(job.denoiser)
+    folder = resume if state is None else state
+    if in_packages(job, folder):
+        where = None if folder is None else Path(folder)
+        done = prune_in_packages(job, tell, where, resume is not None)
+        staged = done.kind.network(base, done.solutions)
+        report = report_of(job, staged, done.decision, done.solutions, done.packages)
+    else:
+        staged, report = _prune_at_once(job, base, tell, search_state)
+    staged.info.source = source_name(job.pipeline)
+    report = replace(report, seconds=time.perf_counter() - started)
+    staged.info.report = report.to_dict()
+    if job.pipeline is None or job.component is None:
+        return PruneResult(staged, report)
+    job.pipeline.register_modules(**{job.component: staged})
+    return PruneResult(staged, report, job.pipeline)
+
+
+def _prune_at_once(
+    job: Job, base: Denoiser, tell: Progress, search_state: str | Path | None
+) -> tuple[StagedDenoiser, PruneReport]:
     if job.config.budget.unit == "latency":
         job = with_latencies(job, tell)
     given = job.measured if job.measured is not None else gather(job, tell)
@@ -122,16 +154,8 @@ def prune(
         job, allocator, fitter, tell, None if search_state is None else Path(search_state)
     )
     solutions = fitter.solve(decision.plan, lambda done, total: tell("fit layers", done, total))
-    # A bare denoiser stays the caller's own: the stages get tensors of theirs.
-    base = job.denoiser if job.pipeline is not None else copy.deepcopy(job.denoiser)
     staged = assemble(job.adapter, base, decision.plan, job.config, solutions)
-    staged.info.source = source_name(job.pipeline)
-    report = _make_report(job, staged, decision, solutions, time.perf_counter() - started)
-    staged.info.report = report.to_dict()
-    if job.pipeline is None or job.component is None:
-        return PruneResult(staged, report)
-    job.pipeline.register_modules(**{job.component: staged})
-    return PruneResult(staged, report, job.pipeline)
+    return staged, report_of(job, staged, decision, solutions)
 
 
 def calibrate(
@@ -154,6 +178,11 @@ def calibrate(
 
 def calibrate_job(job: Job, tell: Progress) -> Calibration:
     """Calibrate a checked request; see `calibrate`."""
+    if job.config.removes_weights:
+        raise ValueError(
+            f"calibrate: granularity must remove groups, got {job.config.granularity!r}: "
+            "statistics are kept of those alone. Prune without."
+        )
     made = made_for(job.denoiser, job.scheduler, job.config)
     measured = replace(gather(job, tell), made_for=made)
     return measured if job.config.stage_count == "auto" else trace(job, measured, tell)
@@ -183,87 +212,3 @@ def cut(denoiser: Denoiser, config: PruneConfig, *, scheduler: Any) -> StagedDen
 
 def _silent(what: str, done: int, total: int) -> None:
     pass
-
-
-def make_allocator(job: Job, given: Calibration, tell: Progress) -> tuple[Allocator, Fitter]:
-    """Settle the stages, trace the curves, and set up what makes plans and what fits them."""
-    frame, stages = settle_stages(job, given, tell)
-    stages = trace(job, stages, tell)
-    ranks = None
-    if job.config.granularity != "structured" and job.config.depth_rank != "curve":
-        ranks = [row[job.config.depth_rank] for row in _required(stages.changes, "depth_rank")]
-    weights = weights_of(job, stages)
-    assert stages.curves is not None
-    costs = job.costs.with_steps(frame.steps)
-    allocator = Allocator(frame, job.config, costs, stages.curves, weights, ranks)
-    return allocator, Fitter(job, stages)
-
-
-def _required(values: Any, option: str) -> Any:
-    if values is None:
-        raise ValueError(
-            f"calibration: {option} needs a measurement that this calibration lacks. "
-            f"Calibrate again with that option."
-        )
-    return values
-
-
-def _make_report(
-    job: Job, staged: StagedDenoiser, decision: Decision, solutions: Solutions, seconds: float
-) -> PruneReport:
-    made = decision.plan
-    dense, pruned = job.adapter.macs(job.denoiser), staged.macs()
-    mean, mean_with_attention = staged.mean_macs()
-    stages = []
-    for k, (stage, macs) in enumerate(zip(made.division.stages, pruned, strict=True)):
-        rows = []
-        for layer in made.layers:
-            solution = solutions[k].get(layer.name)
-            kept, error, damping = (
-                (layer.groups, 0.0, 0.0)
-                if solution is None
-                else (len(solution.kept), solution.error, solution.damping)
-            )
-            rows.append(LayerReport(layer.name, layer.kind, layer.groups, kept, error, damping))
-        stages.append(
-            StageReport(
-                stage.name,
-                stage.first,
-                stage.last,
-                made.steps[k],
-                made.stage_sparsity(k),
-                macs.linear,
-                macs.total,
-                rows,
-            )
-        )
-    stored = [t for name, t in storage_of(staged)[0].items() if not name.startswith("kept.")]
-    steps = made.steps
-    per_step = [sum(p.numel() for p in stage.parameters()) for stage in staged.stage_models]
-    return PruneReport(
-        stages=stages,
-        sparsity=made.sparsity,
-        latent_power=job.frame.power,
-        macs_dense=dense.linear,
-        macs_dense_with_attention=dense.total,
-        macs=mean,
-        macs_with_attention=mean_with_attention,
-        parameters_dense=sum(p.numel() for p in job.denoiser.parameters()),
-        parameters=sum(t.numel() for t in stored),
-        parameters_per_step=sum(n * c for n, c in zip(per_step, steps, strict=True)) / sum(steps),
-        bytes_dense=_bytes(job.denoiser.parameters()),
-        bytes=_bytes(stored),
-        resident_bytes=_bytes(staged.parameters()),
-        seconds=seconds,
-        decision=DecisionReport(
-            allocation=job.config.allocation,
-            budget=str(decision.budget),
-            reached=decision.reached,
-            predicted_error=decision.predicted_error,
-            measured=decision.measured,
-        ),
-    )
-
-
-def _bytes(tensors: Iterable[torch.Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from .solving.weights import WeightSolution
 
 
 @dataclass(frozen=True)
@@ -21,8 +25,30 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
+class WeightReport:
+    """One linear of one stage that single weights were removed from.
+
+    Args:
+        name: of the linear.
+        shape: (m, n), which stays.
+        removed: share of its weights that are zero.
+        error: the lost share of the output's energy.
+        damping: that was used, relative to the mean diagonal.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    removed: float
+    error: float
+    damping: float
+
+
+@dataclass(frozen=True)
 class StageReport:
-    """One stage: train timesteps as diffusers counts them, from 0, both ends included."""
+    """One stage: train timesteps as diffusers counts them, from 0, both ends included.
+
+    `layers` lists all where groups went, `weights` the pruned linears where single weights went.
+    """
 
     name: str
     first_timestep: int
@@ -32,6 +58,7 @@ class StageReport:
     macs: int
     macs_with_attention: int
     layers: list[LayerReport]
+    weights: list[WeightReport] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -51,6 +78,24 @@ class DecisionReport:
     reached: float | None
     predicted_error: float
     measured: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PackagesReport:
+    """How the network was calibrated and solved, part after part.
+
+    Args:
+        count: of the packages.
+        memory: bytes that were allowed; None is no limit.
+        expected_bytes: what the largest package was expected to take, beside the model and its
+            activations.
+        accumulator_bytes: the most that the sums over calibration inputs took, as measured.
+    """
+
+    count: int
+    memory: int | None
+    expected_bytes: int
+    accumulator_bytes: int
 
 
 @dataclass(frozen=True)
@@ -77,6 +122,7 @@ class PruneReport:
     resident_bytes: int
     seconds: float
     decision: DecisionReport | None = None
+    packages: PackagesReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that JSON can hold."""
@@ -88,15 +134,16 @@ class PruneReport:
         for column in ("stage", "t (from 1)", "steps", "sparsity", "MACs", "mean error", "damping"):
             table.add_column(column, justify="left" if column == "stage" else "right")
         for stage in self.stages:
-            errors = [layer.error for layer in stage.layers]
+            rows: list[LayerReport | WeightReport] = [*stage.layers, *stage.weights]
+            errors = [row.error for row in rows]
             table.add_row(
                 stage.name,
                 f"{stage.first_timestep + 1}..{stage.last_timestep + 1}",
                 str(stage.steps),
                 f"{stage.sparsity:.1%}",
                 f"{stage.macs_with_attention / self.macs_dense_with_attention:.1%}",
-                f"{sum(errors) / len(errors):.4f}",
-                f"{max(layer.damping for layer in stage.layers):g}",
+                f"{sum(errors) / max(len(errors), 1):.4f}",
+                f"{max((row.damping for row in rows), default=0.0):g}",
             )
         return table
 
@@ -115,13 +162,53 @@ class PruneReport:
             table.add_row(layer.name, f"{layer.groups} {layer.kind}", *cells)
         return table
 
+    def weight_table(self) -> Table:
+        """Draw one line a linear that lost single weights: share removed and error by stage."""
+        table = Table(title="weights removed of each linear (error of its output)")
+        table.add_column("linear", overflow="fold")
+        table.add_column("shape", justify="right")
+        for stage in self.stages:
+            table.add_column(stage.name, justify="right")
+        rows = [{row.name: row for row in stage.weights} for stage in self.stages]
+        shapes = {name: row.shape for named in rows for name, row in named.items()}
+        for name, (m, n) in shapes.items():
+            found = [named.get(name) for named in rows]
+            cells = ["whole" if r is None else f"{r.removed:.1%} ({r.error:.3f})" for r in found]
+            table.add_row(name, f"{m} x {n}", *cells)
+        return table
+
+
+def weight_rows(solved: Mapping[str, WeightSolution]) -> list[WeightReport]:
+    """Describe the pruned linears of one stage, in the order given."""
+    return [
+        WeightReport(
+            name=name,
+            shape=(solution.mask.shape[0], solution.mask.shape[1]),
+            removed=float((~solution.mask).double().mean()),
+            error=solution.error,
+            damping=solution.damping,
+        )
+        for name, solution in solved.items()
+    ]
+
 
 def report_from_dict(values: dict[str, Any]) -> PruneReport:
     """Build a report from what `to_dict` gave."""
     stages = [
-        StageReport(**{**stage, "layers": [LayerReport(**row) for row in stage["layers"]]})
+        StageReport(
+            **{
+                **stage,
+                "layers": [LayerReport(**row) for row in stage["layers"]],
+                "weights": [
+                    WeightReport(**{**row, "shape": tuple(row["shape"])})
+                    for row in stage.get("weights", [])
+                ],
+            }
+        )
         for stage in values["stages"]
     ]
     decision = values.get("decision")
     made = None if decision is None else DecisionReport(**decision)
-    return PruneReport(**{**values, "stages": stages, "decision": made})
+    packages = values.get("packages")
+    split = None if packages is None else PackagesReport(**packages)
+    return PruneReport(**{**values, "stages": stages, "decision": made, "packages": split})

@@ -21,6 +21,7 @@ from .sources import DIGITS, find_denoiser, load_calibration, source_name
 from .statistics.calibration import Calibration
 from .statistics.calibration_file import check_made_for, load_calibration_file, made_for
 from .statistics.noising import Batch, CalibrationSet
+from .targets import choose_targets, target_shares
 
 #: What clean latents may be handed over as.
 CalibrationSource = str | Path | Iterable[Batch] | None
@@ -171,7 +172,9 @@ def _check_reach(
         bias_per_stage=config.compensation == "affine",
         refitted=config.compensation != "none",
     )
-    if config.allocation == "explicit":
+    if config.removes_weights:
+        target_shares(choose_targets(adapter, denoiser, config), frame, config)
+    elif config.allocation == "explicit":
         share_plan(layers, frame, config, 0.0)
     else:
         effort_bounds(layers, frame, config, costs)

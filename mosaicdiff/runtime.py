@@ -13,7 +13,7 @@ from torch import nn
 
 from .adapters import Adapter, adapter_for_class
 from .groups import Macs, PrunableLayer
-from .pack import Parts, StageBuilder
+from .pack import Parts, StageBuilder, make_linear
 from .trajectory.clock import StageClock
 from .trajectory.stages import Division
 
@@ -26,8 +26,19 @@ class LayerState:
     parts: Parts
 
 
-#: The layers of one stage that differ from the dense denoiser, by layer name.
-StageState = Mapping[str, LayerState]
+@dataclass(frozen=True)
+class MaskedState:
+    """A linear of one stage without some of its weights: mask (m, n) bool, True where kept.
+
+    The weight (m, n) is zero elsewhere; the bias stays the dense denoiser's.
+    """
+
+    mask: torch.Tensor
+    weight: torch.Tensor
+
+
+#: What of one stage differs from the dense denoiser: layers and masked linears, by name.
+StageState = Mapping[str, LayerState | MaskedState]
 
 
 @dataclass
@@ -45,6 +56,12 @@ class StageInfo:
     prune_config: dict[str, Any]
     report: dict[str, Any] = field(default_factory=dict)
     source: str | None = None
+    #: For each stage, masks of the linears that single weights were removed from (bool, CPU).
+    masks: list[dict[str, torch.Tensor]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.masks:
+            self.masks = [{} for _ in self.kept]
 
 
 class StagedDenoiser(ModelMixin, ConfigMixin):
@@ -73,22 +90,49 @@ class StagedDenoiser(ModelMixin, ConfigMixin):
     def assemble(
         cls, base: nn.Module, info: StageInfo, states: Iterable[StageState]
     ) -> StagedDenoiser:
-        """Build the stages around a base denoiser, whose other modules they all share."""
+        """Build the stages around a base denoiser, whose other modules they all share.
+
+        Stages that hold the same masked weight, the same tensor, share the linear. `info.masks`
+        becomes that of the states.
+
+        Raises:
+            ValueError: a linear is masked whose layer shrinks too.
+        """
         adapter = adapter_for_class(info.base_class)
-        stages = []
+        stages, masks = [], []
+        linears: dict[tuple[str, int], nn.Module] = {}
+        states = list(states)  # held, so that no two tensors have one identity
         for state in states:
             builder = StageBuilder(base)
             for layer in info.layers:
-                if layer.name in state:
-                    layer_state = state[layer.name]
+                layer_state = state.get(layer.name)
+                if isinstance(layer_state, LayerState):
+                    _refuse_masked(layer, state)
                     adapter.replace(builder, layer, layer_state.parts, len(layer_state.kept))
             adapter.simplify(builder)
+            masked = {n: s for n, s in state.items() if isinstance(s, MaskedState)}
+            for name, masked_state in masked.items():
+                key = (name, id(masked_state.weight))
+                if key not in linears:
+                    linears[key] = _masked_linear(base, name, masked_state)
+                builder.replace(name, linears[key])
             stages.append(builder.root)
+            masks.append({name: s.mask.cpu() for name, s in masked.items()})
+        info.masks = masks
         return cls(info, stages).eval()
 
     @property
     def division(self) -> Division:
         return self.info.division
+
+    @property
+    def masks(self) -> list[dict[str, torch.Tensor]]:
+        """For each stage, masks of its linears by name, (m, n) bool on the CPU, True where kept.
+
+        What trains the weights must keep the others zero, or saving refuses: after each step,
+        `stage.get_submodule(name).weight.data.mul_(mask.to(device))`.
+        """
+        return self.info.masks
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the sub-network of the current stage; arguments and result are the original's."""
@@ -180,3 +224,25 @@ class StagedDenoiser(ModelMixin, ConfigMixin):
         if path is None:
             raise ValueError("StagedDenoiser: path must be a folder or a Hub id, got None.")
         return load(path, **kwargs)
+
+
+def _refuse_masked(layer: PrunableLayer, state: StageState) -> None:
+    for name in (*layer.writers, *layer.readers):
+        if name in state:
+            raise ValueError(
+                f"StagedDenoiser: {name} must not be masked where {layer.name} shrinks, got both. "
+                "Remove groups or single weights of a layer, not both."
+            )
+
+
+def _masked_linear(base: nn.Module, name: str, state: MaskedState) -> nn.Module:
+    """Make the linear of a masked weight, with the dense one's own bias parameter."""
+    dense: Any = base.get_submodule(name)
+    if not state.weight.shape == state.mask.shape == dense.weight.shape:
+        raise ValueError(
+            f"StagedDenoiser: weight and mask of {name} must be {tuple(dense.weight.shape)}, got "
+            f"{tuple(state.weight.shape)} and {tuple(state.mask.shape)}."
+        )
+    linear = make_linear(state.weight, dense.bias)
+    linear.register_parameter("bias", dense.bias)  # itself: it stays shared when moved or trained
+    return linear

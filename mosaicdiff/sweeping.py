@@ -10,14 +10,13 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from .allocation.budget import UNITS, Budget
-from .allocation.decide import make_probe, measured_error
+from .allocation.decide import make_allocator, measured_error
 from .allocation.planning import effort_bounds
 from .config import PruneConfig
 from .groups import Denoiser
-from .pipeline import make_allocator
 from .request import CalibrationSource, prepare
 from .statistics.calibration import Calibration
-from .statistics.gather import Progress, gather
+from .statistics.gather import Progress, gather, make_probe
 
 #: Solved layers that are kept from one budget for the next.
 _REMEMBER_BYTES = 1 << 30

@@ -17,7 +17,7 @@ KNOW_DIFFUSERS = (
 MATHEMATICS = (
     "groups.py", "allocation/shares.py", "allocation/budget.py", "allocation/costs.py",
     "allocation/items.py", "allocation/optimal.py", "allocation/planning.py", "solving/curves.py",
-    "solving/solve.py", "trajectory/schedule.py", "trajectory/stages.py",
+    "solving/solve.py", "solving/weights.py", "trajectory/schedule.py", "trajectory/stages.py",
 )  # fmt: skip
 #: Longer than 400 lines, with the reason.
 LONG_FILES: dict[str, str] = {}

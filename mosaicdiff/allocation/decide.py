@@ -10,8 +10,10 @@ from typing import Any
 from ..request import Job
 from ..search.fitness import search_plan
 from ..solving.fit import Fitter
-from ..statistics.gather import Progress, make_probe
+from ..statistics.calibration import Calibration
+from ..statistics.gather import Progress, make_probe, trace, weights_of
 from ..trajectory.probe import Probe
+from ..trajectory.segment import settle_stages
 from .allocator import Allocator
 from .budget import TOLERANCE, Budget
 from .latency_budget import decide_by_latency
@@ -19,6 +21,29 @@ from .planning import PrunePlan
 
 #: Prunings that a quality budget may measure.
 _MEASUREMENTS = 14
+
+
+def make_allocator(job: Job, given: Calibration, tell: Progress) -> tuple[Allocator, Fitter]:
+    """Settle the stages, trace the curves, and set up what makes plans and what fits them."""
+    frame, stages = settle_stages(job, given, tell)
+    stages = trace(job, stages, tell)
+    ranks = None
+    if job.config.granularity != "structured" and job.config.depth_rank != "curve":
+        ranks = [row[job.config.depth_rank] for row in _required(stages.changes, "depth_rank")]
+    weights = weights_of(job, stages)
+    assert stages.curves is not None
+    costs = job.costs.with_steps(frame.steps)
+    allocator = Allocator(frame, job.config, costs, stages.curves, weights, ranks)
+    return allocator, Fitter(job, stages)
+
+
+def _required(values: Any, option: str) -> Any:
+    if values is None:
+        raise ValueError(
+            f"calibration: {option} needs a measurement that this calibration lacks. "
+            f"Calibrate again with that option."
+        )
+    return values
 
 
 @dataclass(frozen=True)

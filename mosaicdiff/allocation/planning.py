@@ -164,7 +164,7 @@ def share_plan(
 
 def most_sparsity(layers: Sequence[PrunableLayer], frame: Frame, config: PruneConfig) -> float:
     """Return the largest sparsity that `score` or `uniform` can reach."""
-    give = np.asarray(_stage_give(frame, config)) > 0
+    give = np.asarray(stage_give(frame, config)) > 0
     weight = np.asarray(frame.steps, dtype=float) / sum(frame.steps)
     return float((weight * give).sum()) * _most_of_stage(layers, config)
 
@@ -243,10 +243,11 @@ def _stage_shares(
             )
         return list(given)
     cap = _most_of_stage(layers, config)
-    return stage_shares(_stage_give(frame, config), frame.steps, sparsity, cap)
+    return stage_shares(stage_give(frame, config), frame.steps, sparsity, cap)
 
 
-def _stage_give(frame: Frame, config: PruneConfig) -> list[float]:
+def stage_give(frame: Frame, config: PruneConfig) -> list[float]:
+    """Return what each stage gives up, up to a common factor: by its score, or all alike."""
     if config.allocation == "uniform" or len(frame.division) == 1:
         return [1.0] * len(frame.division)
     scores = step_scores(frame.schedule, frame.visited, frame.power, config.snr_weight)

@@ -131,9 +131,9 @@ def progress_bar(quiet: bool = False) -> Iterator[Progress]:
 
 
 @contextmanager
-def told_progress() -> Iterator[Callable[[str, int, int], None]]:
+def told_progress(quiet: bool = False) -> Iterator[Callable[[str, int, int], None]]:
     """Show a progress bar, and yield what the engine tells its progress to."""
-    with progress_bar() as bar:
+    with progress_bar(quiet) as bar:
         task = bar.add_task("prepare", total=None)
 
         def tell(what: str, done: int, total: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,7 @@ from .request_options import (
     allocation_options,
     budget_options,
     calibration_options,
+    package_options,
     read_config,
     search_options,
 )
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
     "--from", "measured", type=click.Path(path_type=Path),
     help="File that `mosaicdiff calibrate` wrote: the model is not run again.",
 )  # fmt: skip
+@package_options
 @search_options
 @device_option
 @dtype_option
@@ -76,6 +79,9 @@ def prune(context: click.Context, as_json: bool, **options: Any) -> None:
     output: Path | None = options["output"]
     if output is None and not options["dry_run"]:
         raise ValueError("--output must name a new folder, got nothing. Or look with --dry-run.")
+    from ..distributed import World
+
+    world = World.current()  # before a device is picked: each process has its own
     device = pick_device(options["device"])
     dtype = pick_dtype(options["dtype"], device)
     from ..files import check_output_folder, whole_folder
@@ -90,22 +96,30 @@ def prune(context: click.Context, as_json: bool, **options: Any) -> None:
     if options["dry_run"] or output is None:
         _dry_run(pipe, config, calibration, measured, as_json)
         return
-    state = options["search_state"]
-    if config.allocation == "evolutionary" and state is None:
-        state = output.with_name(output.name + ".search.json")
-    if state is not None and state.is_file():
-        click.echo(f"going on with the search in {state}", err=True)
-    with told_progress() as tell:
+    search = options["search_state"]
+    if config.allocation == "evolutionary" and search is None:
+        search = output.with_name(output.name + ".search.json")
+    if search is not None and search.is_file():
+        click.echo(f"going on with the search in {search}", err=True)
+    resume = options["resume"]
+    in_parts = config.packages != 1 and resume is None
+    state = output.with_name(output.name + ".packages") if in_parts else None
+    with told_progress(quiet=not world.is_first) as tell:
         result = run(
-            pipe, config, calibration=calibration, measured=measured, search_state=state,
-            progress=tell,
+            pipe, config, calibration=calibration, measured=measured, search_state=search,
+            state=state, resume=resume, progress=tell,
         )  # fmt: skip
+    if not world.is_first:
+        return
     if result.denoiser.info.source == DIGITS:
         pipe.register_to_config(_name_or_path=DIGITS)  # not the place it is installed at
     with whole_folder(output, options["overwrite"]) as temporary:
         pipe.save_pretrained(temporary)
-    if state is not None and options["search_state"] is None:
-        state.unlink(missing_ok=True)  # what it found is in the output now
+    # What they found is in the output now.
+    if search is not None and options["search_state"] is None:
+        search.unlink(missing_ok=True)
+    if state is not None or resume is not None:
+        shutil.rmtree(state or resume)
     report = result.report
     if as_json:
         print_json(report.to_dict() | {"output": str(output), "config": config.to_dict()})
@@ -115,7 +129,8 @@ def prune(context: click.Context, as_json: bool, **options: Any) -> None:
 
 def _print_report(report: PruneReport, config: PruneConfig, output: Path) -> None:
     out = console()
-    out.print(report.stage_table(), report.layer_table())
+    weights = any(stage.weights for stage in report.stages)
+    out.print(report.stage_table(), report.weight_table() if weights else report.layer_table())
     decision = report.decision
     if decision is not None and decision.reached is not None:
         from ..allocation.costs import describe_cost
@@ -137,6 +152,21 @@ def _print_report(report: PruneReport, config: PruneConfig, output: Path) -> Non
             f"{decision.allocation} allocation, {decision.budget} asked, {reached} reached{found}",
             highlight=False,
         )
+    if report.packages is not None and report.packages.count > 1:
+        out.print(
+            f"{report.packages.count} packages, at most "
+            f"{human_bytes(report.packages.accumulator_bytes)} of sums at a time",
+            highlight=False,
+        )
+    if weights:
+        out.print(
+            f"{report.sparsity:.2%} of the weights of the blocks' linears are zero; layers keep "
+            f"their shapes, so that dense time stays\n"
+            f"{human_bytes(report.bytes_dense)} -> {human_bytes(report.bytes)} on disk\n"
+            f"wrote {output} in {report.seconds:.1f} s",
+            highlight=False,
+        )
+        return
     out.print(
         f"sparsity {report.sparsity:.2%} of the prunable MACs over {config.steps} steps; "
         f"MACs a call {human_count(report.macs_dense_with_attention)} -> "
@@ -155,17 +185,24 @@ def _dry_run(
 ) -> None:
     """Print the plan where it is known before calibration, and what carrying it out takes."""
     from ..estimate import estimate_cost
+    from ..packages.prune import in_packages, split_request
     from ..pipeline import plan_of
     from ..request import prepare
 
     job = prepare(pipe, config, None, calibration, measured)
     unit, by_share = config.budget.unit, config.allocation in ("score", "uniform", "explicit")
-    known = by_share and unit == "sparsity"
+    known = by_share and unit == "sparsity" and not config.removes_weights
     if measured is not None and config.allocation != "evolutionary":
         known = unit not in ("latency", "quality")  # those run the model
     final = plan_of(job) if known else None
     stages = len(job.frame.division)
     cost = estimate_cost(job.denoiser, job.adapter, job.layers, stages, config)
+    packages: dict[str, int] = {}
+    if in_packages(job, None):
+        kind, split = split_request(job)
+        packages = {"count": len(split.packages), "bytes": split.expected_bytes}
+        if kind is not None:
+            packages["linears"] = len(kind.targets)
     within = job.frame if final is None else final
     rows = _stage_rows(within.division, within.steps)
     if final is not None:
@@ -175,11 +212,24 @@ def _dry_run(
             row["removed"] = {layer.name: count for layer, count in counts}
     if as_json:
         sparsity = None if final is None else final.sparsity
-        values = {"sparsity": sparsity, "budget": str(config.budget), "stages": rows}
+        values: dict[str, Any] = {"sparsity": sparsity, "budget": str(config.budget)}
+        values |= {"stages": rows, "packages": packages or None}
         print_json(values | {"cost": cost, "config": config.to_dict()})
         return
+    if packages:
+        console().print(
+            f"{packages['count']} packages, each of at most {human_bytes(packages['bytes'])} "
+            "beside the model and its activations",
+            highlight=False,
+        )
     if final is not None:
         _print_plan(final)
+    elif config.removes_weights:
+        console().print(
+            f"{config.granularity}: {config.budget.value:.2%} of the weights of "
+            f"{packages['linears']} linears",
+            highlight=False,
+        )
     else:
         shown = ", ".join(f"{r['name']} ({r['steps']} steps)" for r in rows)
         console().print(

@@ -158,6 +158,25 @@ allocation_options = _options(
     _number("--probe-samples", "Samples that measured errors are taken over."),
 )
 
+package_options = _options(
+    click.option(
+        "--packages",
+        default="1",
+        show_default=True,
+        help="Parts of the network, each calibrated with those before it pruned; auto: as few as "
+        "--memory allows.",
+    ),
+    click.option(
+        "--memory",
+        help="What a package may take beside the model and its activations: 20GiB.",
+    ),
+    click.option(
+        "--resume",
+        type=click.Path(path_type=Path),
+        help="Folder of an interrupted run in packages, to go on from (OUTPUT.packages).",
+    ),
+)
+
 search_options = _options(
     click.option("--search-time", help="Of evolutionary: 90s, 10m, 2h.  [default: no limit]"),
     click.option(
@@ -214,6 +233,11 @@ def read_config(context: click.Context, options: dict[str, Any]) -> PruneConfig:
     for name in ("include", "exclude"):
         if given(name):
             values[name] = tuple(options[name])
+    if given("packages"):
+        text = options["packages"]
+        values["packages"] = int(text) if text.isdecimal() else text
+    if given("memory") and options["memory"] is not None:
+        values["memory"] = options["memory"]
     if given("whole_ends"):
         values["whole_ends"] = options["whole_ends"]
     if given("layer_sparsity") and options["layer_sparsity"]:

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..adapters import adapter_for
 from ..checkpoint import storage_of
+from ..masked_storage import stored_size
 from ..runtime import StagedDenoiser
 from ..sources import find_denoiser
 from .judge import DigitsJudge
@@ -143,8 +144,6 @@ def model_size(pipe: DiffusionPipeline, steps: int, guidance_scale: float) -> di
 def denoiser_size(denoiser: nn.Module) -> tuple[int, int]:
     """Return the parameters and bytes that a checkpoint of a denoiser holds."""
     if isinstance(denoiser, StagedDenoiser):
-        stored = storage_of(denoiser)[0].items()
-        tensors = [tensor for name, tensor in stored if not name.startswith("kept.")]
-    else:
-        tensors = [parameter.detach() for parameter in denoiser.parameters()]
+        return stored_size(storage_of(denoiser)[0].items())
+    tensors = [parameter.detach() for parameter in denoiser.parameters()]
     return sum(t.numel() for t in tensors), sum(t.numel() * t.element_size() for t in tensors)

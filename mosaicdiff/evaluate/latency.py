@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters import adapter_for
+from ..adapters import Adapter, adapter_for
 from ..groups import Macs
 from ..runtime import StagedDenoiser
 
@@ -70,26 +70,12 @@ def measure_latency(
     adapter = adapter_for(dense)
     parameter = next(dense.parameters())
     device = parameter.device
-    generator = torch.Generator().manual_seed(0)
-    shape = (batch_size, *adapter.latent_shape(dense))
-    latents = torch.randn(shape, generator=generator).to(device, parameter.dtype)
-    inputs = adapter.example_inputs(dense, batch_size, device)
-    name = adapter.timestep_argument[0]
     networks: list[tuple[nn.Module, int]] = [(dense, staged.division.stages[0].first)]
     networks += [
         (model, (stage.first + stage.last) // 2)
         for model, stage in zip(staged.stage_models, staged.division.stages, strict=True)
     ]
-    times: list[list[float]] = [[] for _ in networks]
-    with torch.no_grad():
-        for repeat in range(repeats + 1):
-            for row, (model, timestep) in zip(times, networks, strict=True):
-                step = torch.full((batch_size,), timestep, device=device)
-                call = partial(model, latents, **{name: step}, **inputs)
-                spent = _time_call(call, device)
-                if repeat:
-                    row.append(spent)
-            advance()
+    times = time_networks(adapter, networks, batch_size, repeats, advance)
     weight = [count / sum(staged.info.steps) for count in staged.info.steps]
     ratios = [
         times[0][r] / sum(w * row[r] for w, row in zip(weight, times[1:], strict=True))
@@ -116,6 +102,44 @@ def measure_latency(
         macs_ratio_without_attention=dense_macs.linear / linear,
         efficiency=speedup * total / dense_macs.total,
     )
+
+
+def time_networks(
+    adapter: Adapter,
+    networks: Sequence[tuple[nn.Module, int]],
+    batch_size: int,
+    repeats: int,
+    advance: Callable[[], None] = lambda: None,
+) -> list[list[float]]:
+    """Time calls of denoisers of one family in turn, on the device and in the dtype of the first.
+
+    Args:
+        networks: each with the timestep that it is called at.
+        batch_size: rows of one call.
+        repeats: rounds over all networks, after one that is not counted.
+
+    Returns:
+        Milliseconds of each round, by network.
+    """
+    first = networks[0][0]
+    parameter = next(first.parameters())
+    device = parameter.device
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch_size, *adapter.latent_shape(first))
+    latents = torch.randn(shape, generator=generator).to(device, parameter.dtype)
+    inputs = adapter.example_inputs(first, batch_size, device)
+    name = adapter.timestep_argument[0]
+    times: list[list[float]] = [[] for _ in networks]
+    with torch.no_grad():
+        for repeat in range(repeats + 1):
+            for row, (model, timestep) in zip(times, networks, strict=True):
+                step = torch.full((batch_size,), timestep, device=device)
+                call = partial(model, latents, **{name: step}, **inputs)
+                spent = _time_call(call, device)
+                if repeat:
+                    row.append(spent)
+            advance()
+    return times
 
 
 def _time_call(call: Callable[[], Any], device: torch.device) -> float:

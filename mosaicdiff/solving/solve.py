@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from mosaic_kernels import cholesky_inverse, compensate, prune_columns
+from mosaic_kernels import cholesky_inverse, compensate, prune_columns, prune_columns_joint
 
 from ..groups import PrunableLayer
 from ..statistics.bank import Statistics
@@ -171,8 +171,6 @@ def _eliminate(
     if len(weights) == 1:
         one = prune_columns(weights[0], matrices[0], group_size=width, damping=damping)
         return list(one.order.cpu()), one.losses[:, None].cpu().numpy(), one.damping[:, None]
-    from mosaic_kernels import prune_columns_joint
-
     joint = prune_columns_joint(weights, matrices, group_size=width, damping=damping)
     return list(joint.order.cpu()), joint.losses.cpu().numpy(), joint.damping
 

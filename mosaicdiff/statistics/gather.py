@@ -8,55 +8,34 @@ from dataclasses import replace
 import torch
 
 from ..config import PruneConfig
+from ..groups import reader_widths
 from ..request import Job
 from ..solving.curves import RemovalCurve
 from ..solving.solve import LayerProblem, Reader, trace_along, trace_layers
 from ..trajectory.probe import Probe
 from ..trajectory.stages import Division
 from .bank import Statistics
-from .calibration import Calibration, PackedStatistics
+from .calibration import Calibration
 from .calibration_file import TRACED_WITH
 from .capture import evaluating
+from .collect import Progress, collect
 from .depth import measure_changes
-from .noising import CalibrationSet, collect_statistics
+from .noising import CalibrationSet
 from .sensitivity import GAIN_SAMPLES, measure_weights, stage_gains
-
-#: Called with (what is being done, how much is done, how much there is).
-Progress = Callable[[str, int, int], None]
 
 
 def gather(job: Job, tell: Progress) -> Calibration:
-    """Run the dense denoiser over the calibration set, bin after bin."""
+    """Run the dense denoiser as the request says, and measure all that its allocation needs."""
+    statistics = collect(job, job.denoiser, reader_widths(job.layers), tell)
     data = job.require_data("calibration")
-    bins = job.frame.division.stages
-    total, done = len(bins) * job.config.samples, 0
-    statistics: list[dict[str, PackedStatistics]] = []
+    measured = Calibration(
+        division=job.frame.division,
+        steps=job.frame.steps,
+        layers=job.layers,
+        power=data.power,
+        statistics=statistics,
+    )
     with evaluating(job.denoiser):
-        for bin_ in bins:
-
-            def advance(rows: int, name: str = bin_.name) -> None:
-                nonlocal done
-                done += rows
-                tell(f"calibrate {name}", done, total)
-
-            bank = collect_statistics(
-                job.denoiser, job.adapter, job.layers, bin_, job.frame.schedule, data,
-                job.config, advance,
-            )  # fmt: skip
-            statistics.append(
-                {
-                    reader: PackedStatistics.pack(bank.finalize(reader))
-                    for layer in job.layers
-                    for reader in layer.readers
-                }
-            )
-        measured = Calibration(
-            division=job.frame.division,
-            steps=job.frame.steps,
-            layers=job.layers,
-            power=data.power,
-            statistics=statistics,
-        )
         return with_extras(job, measured, data)
 
 
@@ -165,7 +144,7 @@ def _problem(
         linear = job.denoiser.get_submodule(name)
         bias = None if linear.bias is None else linear.bias.detach()
         weight = linear.weight.detach()
-        readers.append(Reader(weight, bias, statistics(name, weight.device)))
+        readers.append(Reader(weight, bias, statistics(name, weight.device).in_float32()))
     return LayerProblem(job.layers[index], tuple(readers))
 
 

@@ -1,8 +1,8 @@
-"""SNR-aware calibration: clean latents, noised within a stage, through the dense denoiser."""
+"""SNR-aware calibration: clean latents, noised within a stage, through the denoiser."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 
 from ..adapters import Adapter
 from ..config import PruneConfig
-from ..groups import PrunableLayer, reader_widths
+from ..distributed import World
 from ..trajectory.schedule import NoiseSchedule
 from ..trajectory.stages import Stage
 from .bank import HessianBank
@@ -87,29 +87,37 @@ def add_noise(
 def collect_statistics(
     denoiser: nn.Module,
     adapter: Adapter,
-    layers: Sequence[PrunableLayer],
+    widths: Mapping[str, int],
     stage: Stage,
     schedule: NoiseSchedule,
     data: CalibrationSet,
     config: PruneConfig,
     advance: Callable[[int], None] = lambda samples: None,
+    network: nn.Module | None = None,
 ) -> HessianBank:
-    """Run the dense denoiser on noised samples of one stage and sum its readers' inputs.
+    """Run a network on noised samples of one stage and sum the inputs of linears.
 
     Timesteps are uniform in the stage, noise is normal, and `config.null_share` of the samples
     carries the null condition. Draws depend on the seed and the stage only, and are made on the
-    CPU, so that they are the same on every device.
+    CPU, so that they are the same on every device and in every process. Several processes share
+    out the batches: the sums are of this one's.
+
+    Args:
+        denoiser: the dense one, whose linears are watched.
+        widths: input features of these linears, by name.
+        advance: hears how many samples were run.
+        network: that runs, made of the dense one's modules; the dense one itself by default.
 
     Source: MosaicDiff (arXiv 2510.11962), SNR-aware calibration.
     """
-    parameter = next(denoiser.parameters())
-    widths = reader_widths(layers)
-    bank = HessianBank(widths, parameter.device)
+    bank, world = HessianBank(widths), World.current()
+    runs = denoiser if network is None else network
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + stage.first)
     batches = draw_noisy(denoiser, adapter, stage, schedule, data, config, generator)
     with torch.no_grad(), capture_inputs(denoiser, widths, bank.update):
-        for noisy, timesteps, inputs in batches:
-            adapter.predict(denoiser, noisy, timesteps, inputs)
+        for index, (noisy, timesteps, inputs) in enumerate(batches):
+            if world.mine(index):
+                adapter.predict(runs, noisy, timesteps, inputs)
             advance(len(noisy))
     return bank
 

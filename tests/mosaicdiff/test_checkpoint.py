@@ -170,7 +170,7 @@ def test_another_version_is_refused(staged_pipe, tmp_path):
     staged_pipe.transformer.save_pretrained(tmp_path / "m")
     config = json.loads((tmp_path / "m" / CONFIG).read_text())
     (tmp_path / "m" / CONFIG).write_text(json.dumps(config | {"format_version": 99}))
-    with pytest.raises(ValueError, match="format_version must be 1, got 99"):
+    with pytest.raises(ValueError, match="format_version must be 2, got 99"):
         mosaicdiff.StagedDenoiser.from_pretrained(tmp_path / "m")
 
 

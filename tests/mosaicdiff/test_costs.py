@@ -5,9 +5,10 @@ import torch
 
 from mosaicdiff import PruneConfig
 from mosaicdiff.allocation.costs import describe_cost
+from mosaicdiff.allocation.decide import make_allocator
 from mosaicdiff.allocation.planning import PrunePlan
 from mosaicdiff.checkpoint import storage_of, weights_name
-from mosaicdiff.pipeline import calibrate, make_allocator, prune
+from mosaicdiff.pipeline import calibrate, prune
 from mosaicdiff.request import prepare
 from mosaicdiff.solving.fit import assemble
 

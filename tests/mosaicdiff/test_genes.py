@@ -11,8 +11,8 @@ import torch
 
 import mosaicdiff
 from mosaicdiff import PruneConfig
-from mosaicdiff.allocation.decide import make_probe, measured_error
-from mosaicdiff.pipeline import calibrate, make_allocator
+from mosaicdiff.allocation.decide import make_allocator, make_probe, measured_error
+from mosaicdiff.pipeline import calibrate
 from mosaicdiff.request import prepare
 from mosaicdiff.search.fitness import TrajectoryFitness
 from mosaicdiff.search.genes import Genetics

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import mosaicdiff
-from mosaicdiff import PruneConfig, latency_budget
+from mosaicdiff import PruneConfig
+from mosaicdiff.allocation import latency_budget
 from mosaicdiff.allocation.decide import make_probe
 from mosaicdiff.request import prepare
 

@@ -5,6 +5,7 @@ import torch
 
 from mosaicdiff.adapters import adapter_for
 from mosaicdiff.config import PruneConfig
+from mosaicdiff.groups import reader_widths
 from mosaicdiff.statistics.capture import capture_inputs
 from mosaicdiff.statistics.noising import CalibrationSet, add_noise, collect_statistics
 from mosaicdiff.trajectory.schedule import NoiseSchedule
@@ -23,7 +24,8 @@ def collect(denoiser, **config):
     layers = adapter.layers(denoiser)
     data = CalibrationSet(tiny_batches(), adapter, denoiser)
     config = PruneConfig(**({"samples": 40, "batch_size": 16} | config))
-    bank = collect_statistics(denoiser, adapter, layers, MIDDLE, SCHEDULE, data, config)
+    widths = reader_widths(layers)
+    bank = collect_statistics(denoiser, adapter, widths, MIDDLE, SCHEDULE, data, config)
     return layers, bank
 
 

@@ -179,7 +179,7 @@ def test_pruned_twice_is_refused(staged_pipe, batches):
                     layer_sparsity={"nowhere": (0.1, 0.1, 0.1)},
                 )
             },
-            "must name layers of the denoiser, got .'nowhere'",
+            "layer_sparsity must name layers of the denoiser, but nothing matches 'nowhere'",
         ),
         (lambda: UNet2DModel(sample_size=8, block_out_channels=(32,),
                              down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)),

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mosaicdiff import PruneConfig
+from mosaicdiff.allocation.decide import make_allocator
 from mosaicdiff.allocation.planning import make_frame
-from mosaicdiff.pipeline import calibrate, make_allocator, prune
+from mosaicdiff.pipeline import calibrate, prune
 from mosaicdiff.request import prepare
 from mosaicdiff.trajectory.segment import best_partitions, stages_from_data
 from mosaicdiff.trajectory.stages import Division

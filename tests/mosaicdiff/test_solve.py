@@ -83,6 +83,7 @@ def test_nothing_to_remove_returns_the_layer_itself():
 def test_everything_removed_leaves_the_bias():
     x, row = problem()
     plain, affine = solve(row, remove=12), solve(row, compensation="affine", remove=12)
+    (plain,), (affine,) = plain.readers, affine.readers
     assert plain.weight.shape == (10, 0) and torch.equal(plain.bias, row.readers[0].bias)
     shift = row.readers[0].weight @ x.mean(0)
     torch.testing.assert_close(affine.bias, row.readers[0].bias + shift, rtol=1e-4, atol=1e-5)
