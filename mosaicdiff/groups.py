@@ -29,6 +29,7 @@ class PrunableLayer:
         width: columns of one group (the head dimension, or 1).
         cost: MACs of one group for one sample in readers and writers, attention products aside.
         products: MACs of one group's attention products for one sample.
+        fixed: names of tensors inside the module that its width leaves alone (q/k norms).
     """
 
     name: str
@@ -39,6 +40,11 @@ class PrunableLayer:
     width: int
     cost: int
     products: int = 0
+    fixed: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("readers", "writers", "fixed"):  # lists, where they come from JSON
+            object.__setattr__(self, name, tuple(getattr(self, name)))
 
     @property
     def block(self) -> str:
@@ -47,12 +53,15 @@ class PrunableLayer:
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """Names of the tensors that the layer's width touches, and the readers' biases."""
+        """Names of the tensors that the layer's width touches, the readers' biases and `fixed`."""
         linears = (*self.writers, *self.readers)
-        return tuple(f"{linear}.{part}" for linear in linears for part in ("weight", "bias"))
+        names = tuple(f"{linear}.{part}" for linear in linears for part in ("weight", "bias"))
+        return (*names, *self.fixed)
 
     def axis(self, parameter: str) -> int | None:
         """Return the dimension of one of `parameters` along which the groups lie, if any."""
+        if parameter in self.fixed:
+            return None
         linear, _, part = parameter.rpartition(".")
         if linear in self.readers:
             return 1 if part == "weight" else None

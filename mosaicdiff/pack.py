@@ -98,6 +98,8 @@ def dense_parts(denoiser: Denoiser, layer: PrunableLayer) -> Parts:
         parts[f"{linear}.weight"] = module.weight.detach()
         if module.bias is not None:
             parts[f"{linear}.bias"] = module.bias.detach()
+    for name in layer.fixed:
+        parts[name] = denoiser.get_parameter(name).detach()
     return parts
 
 

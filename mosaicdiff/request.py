@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers import DiffusionPipeline
 
 from .adapters import Adapter, adapter_for
@@ -130,6 +131,10 @@ def prepare(
     data = None
     if calibration is not None or not needless:
         data = _read_data(calibration, pipeline, adapter, denoiser)
+    if data is not None and measured is None and config.null_share > 0:
+        # Refuse before any work where the batches do not hold what a null condition is.
+        first = {key: value[:1] for key, value in data.inputs.items()}
+        adapter.null_inputs(denoiser, first, torch.ones(1, dtype=torch.bool))
     power = measured.power if measured is not None else data.power if data is not None else 1.0
     frame = make_frame(scheduler, config, power)
     costs = _check_reach(layers, frame, config, denoiser, adapter)

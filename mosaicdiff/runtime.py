@@ -83,7 +83,7 @@ class StagedDenoiser(ModelMixin, ConfigMixin):
         self.info = info
         self.stage_models = nn.ModuleList(stage_models)
         self.adapter: Adapter = adapter_for_class(info.base_class)
-        self._clock = StageClock(info.division)
+        self._clock = StageClock(info.division, self.adapter.sigma_scale)
         self.register_to_config(**info.base_config)
 
     @classmethod

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from . import digits
+from .adapters import Adapter, adapter_for_class
 from .groups import Denoiser
 from .runtime import StagedDenoiser
 from .statistics.noising import Batch
@@ -98,36 +99,55 @@ def class_count(pipe: DiffusionPipeline) -> int:
 
 
 def load_calibration(source: str | Path | None, pipe: DiffusionPipeline) -> list[Batch]:
-    """Read calibration batches for a class-conditional pipeline.
+    """Read calibration batches for a pipeline.
 
     Args:
-        source: a folder of images with a sub-folder for each class, a `.npz` or `.safetensors`
-            with `latents` (N, C, H, W), scaled as the denoiser sees them, and `labels` (N,); or
-            None for the embedded model, which has its own.
+        source: a `.npz` or `.safetensors` with `latents` (N, C, H, W), shifted and scaled as the
+            denoiser sees them, and what they are conditioned on: `labels` (N,), or for SD3
+            `encoder_hidden_states` and `pooled_projections`, and those of the empty prompt (of
+            one row or N) as `negative_...`; for a class-conditional pipeline also a folder of
+            images with a sub-folder for each class; or None for the embedded model, which has
+            its own.
 
     Raises:
         ValueError: the source is missing, of another kind, or holds nothing.
     """
+    adapter = adapter_for_class(_denoiser_class(pipe))
+    by_class = "labels" in adapter.condition
+    folder = ", or a folder of images with a sub-folder for each class"
     if source is None:
         if source_name(pipe) != DIGITS:
             raise ValueError(
-                "calibration: a source must be given for this model, got none. Name a folder of "
-                "images with a sub-folder for each class, or a .npz or .safetensors file with "
-                "latents and labels."
+                "calibration: a source must be given for this model, got none. Name a .npz or "
+                f".safetensors file with latents and {' and '.join(adapter.condition)}"
+                f"{folder if by_class else ''}."
             )
         images, labels = digits.load_images()
         return list(_encode(pipe, images, labels))
     path = Path(source)
     if path.is_dir():
+        if not by_class:
+            raise ValueError(
+                f"calibration: {path} must be a .npz or .safetensors file with latents and "
+                f"{' and '.join(adapter.condition)}, but it is a folder: images alone do not say "
+                "what they are conditioned on."
+            )
         return list(_encode_folder(pipe, path))
     if not path.is_file():
         raise ValueError(f"calibration: {path} must be a folder or a file, but there is none.")
     if path.suffix not in (".npz", ".safetensors"):
         raise ValueError(f"calibration: {path} must be a folder, a .npz or a .safetensors file.")
-    return [_latent_file(path)]
+    return [_latent_file(path, adapter)]
 
 
-def _latent_file(path: Path) -> Batch:
+def _denoiser_class(pipe: DiffusionPipeline) -> str:
+    _, denoiser = find_denoiser(pipe)
+    if isinstance(denoiser, StagedDenoiser):
+        return denoiser.info.base_class
+    return type(denoiser).__name__
+
+
+def _latent_file(path: Path, adapter: Adapter) -> Batch:
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as archive:
@@ -136,16 +156,25 @@ def _latent_file(path: Path) -> Batch:
             held = load_file(path)
     except Exception as error:
         raise ValueError(f"calibration: {path} could not be read: {error}") from None
-    if not {"latents", "labels"} <= set(held):
-        raise ValueError(
-            f"calibration: {path} must hold 'latents' and 'labels', got {sorted(held)}."
-        )
-    labels = held["labels"]
-    if labels.is_floating_point():
-        raise ValueError(
-            f"calibration: labels in {path} must be whole numbers, got {labels.dtype}."
-        )
-    return held["latents"].float(), {"class_labels": labels.long()}
+    if not {"latents", *adapter.condition} <= set(held):
+        needed = " and ".join(f"{name!r}" for name in ("latents", *adapter.condition))
+        raise ValueError(f"calibration: {path} must hold {needed}, got {sorted(held)}.")
+    latents = held["latents"].float()
+    inputs = {}
+    for name, argument in (adapter.condition | adapter.optional_condition).items():
+        if name not in held:
+            continue
+        value = held[name]
+        if name == "labels":
+            if value.is_floating_point():
+                raise ValueError(
+                    f"calibration: labels in {path} must be whole numbers, got {value.dtype}."
+                )
+            value = value.long()
+        elif name in adapter.optional_condition and len(value) == 1:
+            value = value.expand(len(latents), *value.shape[1:])
+        inputs[argument] = value
+    return latents, inputs
 
 
 def _encode(pipe: DiffusionPipeline, images: torch.Tensor, labels: torch.Tensor) -> Iterator[Batch]:

@@ -22,6 +22,11 @@ class Adapter(ABC):
     timestep_argument: tuple[str, int]
     #: Whether image and text are attended to together: then both ends stay whole by default.
     joint: bool = False
+    #: What the denoiser is given as a timestep over sigma; None where it is given train timesteps.
+    sigma_scale: float | None = None
+    #: What a calibration file calls the inputs of a batch, and those that may be there too.
+    condition: dict[str, str]
+    optional_condition: dict[str, str] = {}
 
     @abstractmethod
     def empty(self, config: dict[str, Any]) -> Denoiser:
@@ -70,7 +75,11 @@ class Adapter(ABC):
     def null_inputs(
         self, denoiser: Denoiser, inputs: dict[str, Any], rows: torch.Tensor
     ) -> dict[str, Any]:
-        """Return the inputs with the null condition in the rows where `rows` is true."""
+        """Return the forward arguments, with the null condition in the rows where `rows` is true.
+
+        Raises:
+            ValueError: a row is true and the inputs do not say what the null condition is.
+        """
 
     @abstractmethod
     def example_inputs(
@@ -102,7 +111,12 @@ class Adapter(ABC):
         timesteps: torch.Tensor,
         inputs: dict[str, Any],
     ) -> torch.Tensor:
-        """Call the denoiser and return what the scheduler's `step` takes, shaped as latents."""
+        """Call the denoiser and return what the scheduler's `step` takes, shaped as latents.
+
+        Args:
+            timesteps: (B,) as the scheduler calls them.
+            inputs: of a calibration batch; those that are no forward arguments are left out.
+        """
 
     @abstractmethod
     def macs(self, denoiser: Denoiser) -> Macs:

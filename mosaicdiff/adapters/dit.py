@@ -10,8 +10,17 @@ import torch
 from torch import nn
 
 from ..groups import Denoiser, Macs, PrunableLayer, WeightTarget, shared_input
-from ..pack import BiasOnly, Parts, StageBuilder, dense_parts, make_linear
+from ..pack import BiasOnly, Parts, StageBuilder, dense_parts
 from .base import Adapter
+from .common import (
+    bias_parts,
+    check_latents,
+    check_plain,
+    feed_forward_layer,
+    image_tokens,
+    linear_weights,
+    replace_linears,
+)
 
 
 class BiasOnlyBlock(nn.Module):
@@ -50,6 +59,7 @@ class DiTAdapter(Adapter):
 
     denoiser_class = "DiTTransformer2DModel"
     timestep_argument = ("timestep", 1)
+    condition = {"labels": "class_labels"}
 
     def empty(self, config: dict[str, Any]) -> Denoiser:
         from accelerate import init_empty_weights
@@ -59,33 +69,14 @@ class DiTAdapter(Adapter):
             return DiTTransformer2DModel.from_config(config)
 
     def check(self, denoiser: Denoiser) -> None:
-        for name, module in denoiser.named_modules():
-            if getattr(module, "fused_projections", False):
-                raise ValueError(
-                    f"prune: {name} must have its own q, k and v projections, but they are fused. "
-                    "Call unfuse_qkv_projections() first and fuse afterwards."
-                )
-            if hasattr(module, "lora_A") or hasattr(module, "base_layer"):
-                raise ValueError(
-                    f"prune: {name} must be a plain layer, but an adapter (LoRA) is loaded. "
-                    "Fuse it into the weights or unload it first."
-                )
-        for layer in self.layers(denoiser):
-            for linear in (*layer.writers, *layer.readers):
-                kind = type(denoiser.get_submodule(linear))
-                if kind is not nn.Linear:
-                    raise ValueError(
-                        f"prune: {linear} must be torch.nn.Linear, got {kind.__name__}. "
-                        "Prune before quantising."
-                    )
-            _check_width(denoiser, layer)
+        check_plain(denoiser, self.layers(denoiser))
 
     def layers(self, denoiser: Denoiser) -> tuple[PrunableLayer, ...]:
-        tokens = _tokens(denoiser)
+        tokens = image_tokens(denoiser)
         found = []
         for index, block in enumerate(denoiser.transformer_blocks):
             prefix = f"transformer_blocks.{index}"
-            attention, feed_forward = block.attn1, block.ff
+            attention = block.attn1
             width = denoiser.config.attention_head_dim
             found.append(
                 PrunableLayer(
@@ -99,18 +90,7 @@ class DiTAdapter(Adapter):
                     products=2 * tokens**2 * width,
                 )
             )
-            inner = feed_forward.net[2].in_features
-            found.append(
-                PrunableLayer(
-                    name=f"{prefix}.ff",
-                    kind="neurons",
-                    readers=(f"{prefix}.ff.net.2",),
-                    writers=(f"{prefix}.ff.net.0.proj",),
-                    groups=inner,
-                    width=1,
-                    cost=tokens * 2 * attention.query_dim,
-                )
-            )
+            found.append(feed_forward_layer(f"{prefix}.ff", block.ff, attention.query_dim, tokens))
         return tuple(found)
 
     def targets(self, denoiser: Denoiser) -> tuple[WeightTarget, ...]:
@@ -133,14 +113,7 @@ class DiTAdapter(Adapter):
             features = builder.root.get_submodule(reader).out_features
             builder.replace(layer.name, BiasOnly(features, bias))
             return
-        for linear in (*layer.writers, *layer.readers):
-            module = make_linear(parts[f"{linear}.weight"], parts.get(f"{linear}.bias"))
-            builder.replace(linear, module)
-        if layer.kind == "heads":
-            attention = builder.own(layer.name)
-            attention.heads = attention.sliceable_head_dim = groups
-            attention.inner_dim = attention.inner_kv_dim = groups * layer.width
-        _check_width(builder.root, layer)
+        replace_linears(builder, layer, parts, groups)
 
     def simplify(self, builder: StageBuilder) -> None:
         for index, block in enumerate(builder.root.transformer_blocks):
@@ -151,7 +124,7 @@ class DiTAdapter(Adapter):
         module = stage.get_submodule(layer.name)
         if isinstance(module, BiasOnly):
             (reader,) = layer.readers
-            return {} if module.bias is None else {f"{reader}.bias": module.bias.detach()}
+            return bias_parts({reader: module.bias})
         return dense_parts(stage, layer)
 
     def latent_shape(self, denoiser: Denoiser) -> tuple[int, int, int]:
@@ -161,12 +134,7 @@ class DiTAdapter(Adapter):
     def check_inputs(
         self, denoiser: Denoiser, latents: torch.Tensor, inputs: dict[str, Any]
     ) -> None:
-        expected = self.latent_shape(denoiser)
-        if latents.ndim != 4 or tuple(latents.shape[1:]) != expected:
-            raise ValueError(
-                f"calibration: latents must be (B, {', '.join(map(str, expected))}), "
-                f"got {tuple(latents.shape)}. They are VAE latents times its scaling factor."
-            )
+        check_latents(latents, self.latent_shape(denoiser))
         if set(inputs) != {"class_labels"}:
             raise ValueError(
                 "calibration: inputs of a DiT batch must be {'class_labels': ...}, "
@@ -246,35 +214,14 @@ class DiTAdapter(Adapter):
         return output[:, : latents.shape[1]]  # the rest, where there is one, is the variance
 
     def macs(self, denoiser: Denoiser) -> Macs:
-        tokens = _tokens(denoiser)
+        tokens, count = image_tokens(denoiser), linear_weights
         patch = denoiser.pos_embed.proj.weight.numel()
-        linear = tokens * (patch + _weights(denoiser.proj_out_2)) + _weights(denoiser.proj_out_1)
+        linear = tokens * (patch + count(denoiser.proj_out_2)) + count(denoiser.proj_out_1)
         # The output head calls the first block's embedder once more.
-        linear += _weights(denoiser.transformer_blocks[0].norm1.emb)
+        linear += count(denoiser.transformer_blocks[0].norm1.emb)
         products = 0
         for block in denoiser.transformer_blocks:
-            linear += _weights(block.norm1) + tokens * (_weights(block.attn1) + _weights(block.ff))
+            linear += count(block.norm1) + tokens * (count(block.attn1) + count(block.ff))
             if not isinstance(block.attn1, BiasOnly):
                 products += 2 * tokens**2 * block.attn1.inner_dim
         return Macs(linear, products)
-
-
-def _tokens(denoiser: Denoiser) -> int:
-    return (denoiser.config.sample_size // denoiser.config.patch_size) ** 2
-
-
-def _weights(module: nn.Module) -> int:
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
-
-
-def _check_width(denoiser: Denoiser, layer: PrunableLayer) -> None:
-    """Hold `heads` to the projections: diffusers derives the head width from both, silently."""
-    if layer.kind != "heads":
-        return
-    attention = denoiser.get_submodule(layer.name)
-    rows = attention.to_q.weight.shape[0]
-    if rows != attention.heads * layer.width:
-        raise ValueError(
-            f"prune: {layer.name} must have {layer.width} rows a head, got {rows} rows for "
-            f"{attention.heads} heads. Was it pruned by other means?"
-        )

@@ -11,7 +11,7 @@ import numpy as np
 from ..config import PruneConfig
 from ..groups import PrunableLayer
 from ..patterns import check_patterns, matches
-from ..trajectory.schedule import NoiseSchedule, step_log_snr
+from ..trajectory.schedule import NoiseSchedule, start_steps, step_log_snr
 from ..trajectory.stages import Division, divide, stage_means
 from .budget import TOLERANCE
 from .costs import CostModel, describe_cost
@@ -90,9 +90,9 @@ def make_frame(scheduler: Any, config: PruneConfig, power: float = 1.0) -> Frame
             f"prune: steps must be at most {len(schedule)}, the timesteps of the schedule, "
             f"got {config.steps}."
         )
-    sampler.set_timesteps(config.steps)
+    start_steps(sampler, config.steps)
     visited = step_log_snr(sampler)
-    timesteps = np.asarray(sampler.timesteps.cpu(), dtype=np.float64)
+    timesteps = schedule.index_of(sampler.timesteps.cpu())
     division = make_division(schedule, config, power, timesteps).without_empty(schedule, visited)
     return Frame(schedule, division, tuple(division.count_steps(visited)), visited, power)
 

@@ -47,6 +47,12 @@ class CalibrationSet:
                 "calibration: batches must hold at least one sample, got none. "
                 "Give clean latents with their conditions."
             )
+        shapes = {tuple((k, v.shape[1:]) for k, v in sorted(row.items())) for row in inputs}
+        if len(shapes) > 1:
+            raise ValueError(
+                "calibration: inputs of all batches must have the same names and shapes, got "
+                f"{' and '.join(str(dict(shape)) for shape in sorted(shapes)[:2])}. Pad them alike."
+            )
         self.latents = torch.cat(latents)
         self.inputs = {key: torch.cat([row[key] for row in inputs]) for key in inputs[0]}
 
@@ -71,7 +77,7 @@ class CalibrationSet:
 def add_noise(
     schedule: NoiseSchedule, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
 ) -> torch.Tensor:
-    """Return x_t = signal_t x_0 + noise_t eps for (B,) timesteps; all on the CPU."""
+    """Return x_t = signal_t x_0 + noise_t eps for (B,) train timesteps; all on the CPU."""
     shape = (-1, *[1] * (latents.ndim - 1))
     signal = torch.from_numpy(schedule.signal)[timesteps].float().reshape(shape)
     sigma = torch.from_numpy(schedule.noise)[timesteps].float().reshape(shape)
@@ -128,23 +134,27 @@ def draw_noisy(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]:
     """Yield noisy latents of one stage, their timesteps and conditions, on the denoiser's device.
 
+    Train timesteps are drawn evenly; what is yielded is what a scheduler calls them.
+
     Args:
         generator: of all that is drawn.
         samples: how many; those of the configuration by default.
     """
     parameter = next(denoiser.parameters())
     count = config.samples if samples is None else samples
+    names = torch.from_numpy(schedule.timesteps)
+    names = names.float() if names.is_floating_point() else names
     for latents, inputs in data.draw(count, config.batch_size, generator):
         rows = len(latents)
-        timesteps = torch.randint(
+        drawn = torch.randint(
             stage.first, stage.last + 1, (rows,), generator=generator, dtype=torch.long
         )
         noise = torch.randn(latents.shape, generator=generator)
         dropped = torch.rand(rows, generator=generator) < config.null_share
         inputs = adapter.null_inputs(denoiser, inputs, dropped)
-        noisy = add_noise(schedule, latents, noise, timesteps)
+        noisy = add_noise(schedule, latents, noise, drawn)
         yield (
             noisy.to(parameter.device, parameter.dtype),
-            timesteps.to(parameter.device),
+            names[drawn].to(parameter.device),
             {key: value.to(parameter.device) for key, value in inputs.items()},
         )

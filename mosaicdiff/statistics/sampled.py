@@ -143,7 +143,8 @@ def sample_statistics(
     """Run the request's pipeline and add the inputs of linears to the bank of their stage.
 
     Each token counts by the weight of its step. Batches depend on the seed and their number
-    only; several processes share them out, and the sums are of this one's. When this ends, however it ends, the pipeline is as it was.
+    only; several processes share them out, and the sums are of this one's. When this ends,
+    however it ends, the pipeline is as it was.
 
     Args:
         network: the pipeline's denoiser, or a staged one made from it, which takes its place.

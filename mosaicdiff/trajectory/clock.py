@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .schedule import NoiseSchedule, step_log_snr
+from .schedule import NoiseSchedule, flow_log_snr, step_log_snr
 from .stages import Division
 
 _LISTENERS = "_mosaicdiff_clocks"
@@ -53,19 +53,24 @@ class StageClock:
 
     Where no attached scheduler is in the middle of a run, the stage is read from the timestep
     itself: correct, at one synchronisation a call.
+
+    Args:
+        division: the stages.
+        sigma_scale: what the denoiser is given as a timestep over sigma (flow matching); None where
+            it is given train timesteps.
     """
 
-    def __init__(self, division: Division) -> None:
-        self.division = division
+    def __init__(self, division: Division, sigma_scale: float | None = None) -> None:
+        self.division, self._sigma_scale = division, sigma_scale
         self._attached: list[weakref.ref] = []
         self._run: _Run | None = None
 
     def __deepcopy__(self, memo: dict) -> StageClock:
         # A copied denoiser must not follow the original's scheduler.
-        return StageClock(self.division)
+        return StageClock(self.division, self._sigma_scale)
 
     def __getstate__(self) -> dict:
-        return {"division": self.division, "_attached": [], "_run": None}
+        return {**self.__dict__, "_attached": [], "_run": None}
 
     @property
     def schedulers(self) -> list[Any]:
@@ -137,15 +142,20 @@ class StageClock:
 
     def _read(self, timestep: torch.Tensor | float) -> int:
         if not torch.is_tensor(timestep):
-            return self.division.stage_of_timestep(timestep)
-        low, high = (int(x) for x in torch.stack(torch.aminmax(timestep.float())).round().tolist())
-        stage = self.division.stage_of_timestep(high)
-        if stage != self.division.stage_of_timestep(low):
+            return self._stage_of(timestep)
+        low, high = torch.stack(torch.aminmax(timestep.float())).tolist()
+        stage = self._stage_of(high)
+        if stage != self._stage_of(low):
             raise ValueError(
                 "StagedDenoiser: timestep must lie in one stage for the whole batch, got "
-                f"{low}..{high}. Call the denoiser once for each stage."
+                f"{low:g}..{high:g}. Call the denoiser once for each stage."
             )
         return stage
+
+    def _stage_of(self, timestep: float) -> int:
+        if self._sigma_scale is None:
+            return self.division.stage_of_timestep(timestep)
+        return int(self.division.stage_of_log_snr(flow_log_snr(timestep / self._sigma_scale)))
 
 
 def _locate(scheduler: Any, timestep: torch.Tensor | float) -> int | None:
@@ -195,16 +205,20 @@ def _wrap_set_timesteps(method: Any) -> Any:
 
     @functools.wraps(method)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # Schedulers with sigmas keep those on the CPU. Those without (DDIM, DDPM) have only their
-        # timesteps: made on the CPU and moved afterwards, since reading back waits for the device.
+        # Most schedulers with sigmas keep those on the CPU. Those without (DDIM, DDPM) have only
+        # their timesteps, and those of flow matching move both: made on the CPU and moved
+        # afterwards, since reading back waits for the device.
         bound = signature.bind(self, *args, **kwargs)
-        device = None if hasattr(self, "sigmas") else bound.arguments.get("device")
+        moved = [name for name in ("timesteps", "sigmas") if hasattr(self, name)]
+        stays = "sigmas" in moved and "FlowMatch" not in type(self).__name__
+        device = None if stays else bound.arguments.get("device")
         if device is not None:
             bound.arguments["device"] = torch.device("cpu")
         result = method(*bound.args, **bound.kwargs)
         _tell(self, "set_timesteps")
         if device is not None:
-            self.timesteps = self.timesteps.to(device)
+            for name in moved:
+                setattr(self, name, getattr(self, name).to(device))
         return result
 
     return set_timesteps

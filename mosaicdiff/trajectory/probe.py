@@ -14,6 +14,7 @@ from torch import nn
 from ..adapters import Adapter
 from ..statistics.capture import evaluating
 from ..statistics.noising import CalibrationSet
+from .schedule import start_steps
 from .stages import Division
 
 #: Keeps the noise of measurements apart from that of calibration.
@@ -65,7 +66,7 @@ class Probe:
         self._device, self._dtype = parameter.device, parameter.dtype
         self._adapter, self._denoiser, self._seed = adapter, denoiser, seed
         self._scheduler = type(scheduler).from_config(scheduler.config)
-        self._scheduler.set_timesteps(steps)
+        start_steps(self._scheduler, steps)
         self._timesteps = self._scheduler.timesteps
         generator = torch.Generator().manual_seed(_SEED_OFFSET + seed)
         latents, inputs = next(iter(data.draw(samples, samples, generator)))
@@ -101,7 +102,9 @@ class Probe:
             if "generator" in takes:  # a sampler that adds noise adds the same to every network
                 seed = _SEED_OFFSET + self._seed * len(self) + index
                 extra["generator"] = torch.Generator(self._device).manual_seed(seed)
-            scaled = scheduler.scale_model_input(latents, t)
+            scaled = latents
+            if hasattr(scheduler, "scale_model_input"):  # flow matching has none
+                scaled = scheduler.scale_model_input(latents, t)
             step = t.expand(len(latents)).to(self._device)
             noise = self._adapter.predict(network, scaled, step, self._inputs)
             latents = scheduler.step(noise, t, latents, **extra).prev_sample

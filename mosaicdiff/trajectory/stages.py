@@ -15,7 +15,7 @@ NAMES = ("early", "middle", "late")
 
 @dataclass(frozen=True)
 class Stage:
-    """A run of train timesteps `first..last` (diffusers' count from 0, both included)."""
+    """A run of train timesteps `first..last` (counted from 0 as in `schedule`, both included)."""
 
     name: str
     first: int

@@ -6,7 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+)
 
 import mosaicdiff
 
@@ -119,4 +126,93 @@ def sample(pipeline, steps: int = 8, guidance: float = 1.0):
         guidance_scale=guidance,
         generator=torch.manual_seed(3),
         output_type="np",
+    ).images
+
+
+def tiny_sd3(
+    layers: int = 3, dual: tuple[int, ...] = (0, 2), qk_norm: str | None = "rms_norm"
+) -> SD3Transformer2DModel:
+    """An SD3 whose blocks all matter, always the same; `dual` blocks have a second attention.
+
+    SD3 itself is `dual=(), qk_norm=None`.
+    """
+    torch.manual_seed(12)
+    model = SD3Transformer2DModel(
+        sample_size=8,
+        in_channels=2,
+        out_channels=2,
+        num_layers=layers,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=12,
+        caption_projection_dim=32,
+        pooled_projection_dim=10,
+        pos_embed_max_size=6,
+        dual_attention_layers=dual,
+        qk_norm=qk_norm,
+    )
+    for name, parameter in model.named_parameters():
+        if "norm1" in name and "linear" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+        elif ".norm_" in name:
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model.eval().requires_grad_(False)
+
+
+def tiny_sd3_batches(count: int = 48, text: int = 5, null: bool = True) -> list:
+    """Latents with random encodings, and those of an empty prompt where `null`."""
+    generator = torch.Generator().manual_seed(8)
+    inputs = {
+        "encoder_hidden_states": torch.randn(count, text, 12, generator=generator),
+        "pooled_projections": torch.randn(count, 10, generator=generator),
+    }
+    if null:
+        inputs |= {
+            f"negative_{name}": value[:1].flip(-1).expand(value.shape).clone()
+            for name, value in inputs.items()
+        }
+    return [(tiny_batches(count)[0][0], inputs)]
+
+
+def flow_scheduler(cls=FlowMatchEulerDiscreteScheduler, **kwargs):
+    """The sampler of SD3 and SD3.5."""
+    return cls(**{"shift": 3.0} | kwargs)
+
+
+#: Loading a pipeline that has no text encoders wants them named.
+NO_ENCODERS = {
+    f"{kind}{number}": None for kind in ("text_encoder", "tokenizer") for number in ("", "_2", "_3")
+}
+
+
+def tiny_sd3_pipeline(denoiser):
+    """A StableDiffusion3Pipeline without text encoders: it is given prompt embeddings."""
+    pytest.importorskip("transformers", reason="diffusers' SD3 pipeline needs transformers")
+    from diffusers import StableDiffusion3Pipeline
+
+    torch.manual_seed(13)
+    vae = AutoencoderKL(
+        in_channels=1, out_channels=1, block_out_channels=(8,), norm_num_groups=4,
+        latent_channels=2, shift_factor=0.1,
+    )  # fmt: skip
+    pipeline = StableDiffusion3Pipeline(
+        transformer=denoiser, vae=vae.eval(), scheduler=flow_scheduler(), **NO_ENCODERS
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def sample_sd3(pipeline, steps: int = 8, guidance: float = 1.0, **options):
+    """Pictures of three prompts, as an array."""
+    _, inputs = tiny_sd3_batches(3)[0]
+    return pipeline(
+        prompt_embeds=inputs["encoder_hidden_states"],
+        pooled_prompt_embeds=inputs["pooled_projections"],
+        negative_prompt_embeds=inputs["negative_encoder_hidden_states"],
+        negative_pooled_prompt_embeds=inputs["negative_pooled_projections"],
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        generator=torch.manual_seed(3),
+        output_type="np",
+        **options,
     ).images

@@ -9,6 +9,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -17,7 +18,7 @@ from diffusers import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .conftest import linear_scheduler, sample
+from .conftest import flow_scheduler, linear_scheduler, sample
 
 SCHEDULERS = [
     DDIMScheduler,
@@ -152,17 +153,22 @@ def make_clock():
         (DDIMScheduler, "meta"),
         (DDPMScheduler, "meta"),
         (EulerDiscreteScheduler, "cpu"),
+        (FlowMatchEulerDiscreteScheduler, "meta"),
     ],
 )
 def test_timesteps_end_up_where_they_were_asked(cls, device):
     """On `meta` any read of the timesteps would raise, as it would wait on a GPU."""
-    plain, followed, clock = linear_scheduler(cls), linear_scheduler(cls), make_clock()
+    flow = cls is FlowMatchEulerDiscreteScheduler
+    plain, followed = (flow_scheduler() if flow else linear_scheduler(cls) for _ in range(2))
+    clock = make_clock()
     clock.attach(followed)
     for scheduler in (plain, followed):
         scheduler.set_timesteps(10, device=device)
     assert followed.timesteps.device == plain.timesteps.device
     assert followed.timesteps.dtype == plain.timesteps.dtype
     assert followed.timesteps.shape == plain.timesteps.shape
+    if flow:  # moves its sigmas too
+        assert followed.sigmas.device == plain.sigmas.device
 
 
 def test_two_clocks_on_one_scheduler():
@@ -242,7 +248,7 @@ def test_no_timestep_is_refused(staged_pipe):
 
 def test_a_scheduler_without_snr_cannot_be_attached(staged_pipe):
     with pytest.raises(ValueError, match="scheduler must be variance preserving"):
-        staged_pipe.transformer.attach(FlowMatchEulerDiscreteScheduler())
+        staged_pipe.transformer.attach(EDMEulerScheduler())
 
 
 def test_a_copied_denoiser_reads_for_itself(staged_pipe):

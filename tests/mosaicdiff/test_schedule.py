@@ -8,18 +8,23 @@ from diffusers import (
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
     UniPCMultistepScheduler,
 )
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mosaicdiff import PruneConfig
+from mosaicdiff.allocation.planning import make_frame
+from mosaicdiff.statistics.noising import add_noise
 from mosaicdiff.trajectory.schedule import (
     LOG_SNR_LIMIT,
     NAMED_SCHEDULES,
     NoiseSchedule,
     step_log_snr,
 )
+from mosaicdiff.trajectory.stages import divide
 
 
 @pytest.mark.parametrize("name", NAMED_SCHEDULES)
@@ -88,16 +93,103 @@ def test_zero_terminal_snr_is_clamped():
 
 
 @pytest.mark.parametrize(
-    "scheduler",
+    "scheduler, message",
     [
-        FlowMatchEulerDiscreteScheduler(),
-        EDMEulerScheduler(),
-        DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
+        (EDMEulerScheduler(), "scheduler must be variance preserving"),
+        (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "not invert its sigmas"),
+        (
+            DPMSolverMultistepScheduler(prediction_type="flow_prediction"),
+            "one of diffusers' FlowMatch classes, or have use_flow_sigmas",
+        ),
     ],
 )
-def test_a_scheduler_without_snr_is_refused(scheduler):
-    with pytest.raises(ValueError, match="scheduler must be variance preserving"):
+def test_a_scheduler_without_snr_is_refused(scheduler, message):
+    with pytest.raises(ValueError, match=message):
         NoiseSchedule.from_scheduler(scheduler)
+
+
+FLOWS = [
+    lambda: FlowMatchEulerDiscreteScheduler(),
+    lambda: FlowMatchEulerDiscreteScheduler(shift=3.0),
+    lambda: FlowMatchHeunDiscreteScheduler(shift=3.0),
+    lambda: UniPCMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
+    ),
+    lambda: DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0
+    ),
+]
+
+
+@pytest.mark.parametrize("make", FLOWS[:3])
+def test_a_flow_schedule_is_that_of_the_scheduler(make):
+    scheduler = make()
+    schedule = NoiseSchedule.from_scheduler(scheduler)
+    sigmas, names = scheduler.sigmas.flip(0), scheduler.timesteps.flip(0)
+    np.testing.assert_allclose(schedule.noise, sigmas, rtol=1e-6)
+    np.testing.assert_allclose(schedule.signal, 1 - sigmas.double(), atol=1e-6)
+    np.testing.assert_allclose(schedule.timesteps, names, rtol=1e-6)
+    assert schedule.log_snr[-1] == -LOG_SNR_LIMIT
+    scheduler.set_timesteps(7)  # a run changes what the scheduler holds, not its schedule
+    again = NoiseSchedule.from_scheduler(scheduler)
+    np.testing.assert_array_equal(again.noise, schedule.noise)
+
+
+@pytest.mark.parametrize("make", FLOWS)
+def test_step_snr_of_flow_is_that_of_what_the_denoiser_is_given(make):
+    scheduler = make()
+    scheduler.set_timesteps(9)
+    given = scheduler.timesteps.double().numpy() / 1000
+    expected = np.clip(2 * (np.log1p(-given.clip(max=1 - 1e-9)) - np.log(given)), -14, 14)
+    found = step_log_snr(scheduler)
+    assert (np.diff(found) >= 0).all()
+    # Whole timesteps are rounded down by some schedulers.
+    middle = (given > 0.02) & (given < 0.98)
+    np.testing.assert_allclose(found[middle], expected[middle], atol=0.06)
+    schedule = NoiseSchedule.from_scheduler(scheduler)
+    by_index = np.interp(schedule.index_of(scheduler.timesteps), range(1000), schedule.log_snr)
+    np.testing.assert_allclose(by_index[middle], expected[middle], atol=0.06)
+
+
+def test_noised_latents_are_those_of_the_flow_scheduler():
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    schedule = NoiseSchedule.from_scheduler(scheduler)
+    clean, noise = torch.randn(2, 3, 2, 4, 4)
+    index = torch.tensor([0, 417, 999])
+    theirs = scheduler.scale_noise(clean, scheduler.timesteps.flip(0)[index], noise)
+    ours = add_noise(schedule, clean, noise, index)
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "shift, names",
+    [(1.0, ["middle", "late"]), (3.0, ["early", "middle", "late"])],
+)
+def test_flow_divides_by_the_closed_form(shift, names):
+    """E[Grad] is 2 (1 + P) sigma d sigma: it falls nowhere without shift, at k / T = 1/4 with 3."""
+    schedule = NoiseSchedule.from_scheduler(FlowMatchEulerDiscreteScheduler(shift=shift))
+    sigma = schedule.noise
+    expected = 1.7 * np.diff(sigma**2, prepend=0.0)
+    np.testing.assert_allclose(schedule.expected_gradient(0.7), expected, atol=1e-12)
+    if shift == 3.0:
+        assert abs(schedule.expected_gradient().argmax() / 1000 - 0.25) < 0.002
+    division = divide(schedule)
+    assert [stage.name for stage in division.stages] == names
+
+
+@pytest.mark.parametrize(
+    "sigmas, message",
+    [([0.5], "at least 2 numbers"), ([0.5, 0.4], "must rise"), ([0.0, 0.4], "must rise")],
+)
+def test_bad_sigmas_are_refused(sigmas, message):
+    with pytest.raises(ValueError, match=message):
+        NoiseSchedule.from_sigmas(sigmas)
+
+
+def test_a_shift_that_depends_on_the_resolution_is_refused_for_plans():
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    with pytest.raises(ValueError, match="use_dynamic_shifting=False and the shift of the size"):
+        make_frame(scheduler, PruneConfig())
 
 
 @pytest.mark.parametrize(
