@@ -94,18 +94,20 @@ class ObsStudy(Study):
         }  # fmt: skip
         upsert_row(FILE, KEY, row | provenance())
 
-    def judged(self, pictures: torch.Tensor, seed: int) -> dict:
+    def dense_pictures(self, seed: int) -> torch.Tensor:
         key = (self.images, seed)
         if key not in self.dense:
             self.dense[key] = self.sampled(self.pipe, seed)
+        return self.dense[key]
+
+    def judged(self, pictures: torch.Tensor, seed: int) -> dict:
         labels = torch.tensor(balanced_labels(self.images, 10))
-        error = float((pictures - self.dense[key]).double().square().mean())
+        error = float((pictures - self.dense_pictures(seed)).double().square().mean())
         return self.judge.score(pictures, labels) | {"mse_to_dense": error}
 
     def write_dense(self, part: str, seed: int) -> None:
         """Write the dense model's row."""
-        scores = self.judged(self.dense.get((self.images, seed), self.sampled(self.pipe, seed)),
-                             seed)  # fmt: skip
+        scores = self.judged(self.dense_pictures(seed), seed)
         row = {
             "part": part, "variant": "dense", "granularity": "", "sparsity": 0.0,
             "criterion": "dense", "seed": seed, "images": self.images,
