@@ -128,6 +128,15 @@ class PruneReport:
         """Return plain values that JSON can hold."""
         return asdict(self)
 
+    @property
+    def of_weights(self) -> bool:
+        """Whether single weights went and not groups."""
+        return any(stage.weights for stage in self.stages)
+
+    def tables(self) -> tuple[Table, Table]:
+        """Draw the stages, and what went of each layer or linear."""
+        return self.stage_table(), self.weight_table() if self.of_weights else self.layer_table()
+
     def stage_table(self) -> Table:
         """Draw one line a stage."""
         table = Table(title="stages")

@@ -64,7 +64,7 @@ def to_semi_structured(
     """
     stages: list[Any] = list(staged.stage_models)
     parameter = next(stages[0].parameters())
-    _check_device(parameter.device)
+    check_device(parameter.device)
     if parameter.dtype not in DTYPES:
         raise ValueError(
             f"to_semi_structured: staged must be float16 or bfloat16, got {parameter.dtype}. "
@@ -133,7 +133,12 @@ def _least_shape(dtype: torch.dtype) -> tuple[int, int]:
     return (1, 1) if limits is None else (limits.sparse_min_rows, limits.sparse_min_cols)
 
 
-def _check_device(device: torch.device) -> None:
+def check_device(device: torch.device) -> None:
+    """Refuse a device that has no sparse tensor cores.
+
+    Raises:
+        RuntimeError: says what 2:4 weights are without.
+    """
     needed = "{}.{}".format(*CAPABILITY)
     if device.type != "cuda":
         raise RuntimeError(

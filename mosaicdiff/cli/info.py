@@ -40,7 +40,7 @@ def info(folder: Path, as_json: bool) -> None:
         out.print("no report.json: it was saved without one", highlight=False)
         return
     values = report_from_dict(report)
-    out.print(values.stage_table(), values.layer_table())
+    out.print(*values.tables())
     if values.decision is not None:
         out.print(
             f"{values.decision.allocation} allocation, {values.decision.budget} asked",

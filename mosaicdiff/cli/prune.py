@@ -69,6 +69,11 @@ if TYPE_CHECKING:
 @search_options
 @device_option
 @dtype_option
+@click.option(
+    "--semi-structured",
+    is_flag=True,
+    help="Of 2:4: time a call with torch's semi-structured sparse tensors too (CUDA, 8.0 or more).",
+)
 @click.option("--overwrite", is_flag=True, help="Replace an output folder that is not empty.")
 @click.option("--dry-run", is_flag=True, help="Print the plan, its memory and time; write nothing.")
 @json_option
@@ -88,6 +93,10 @@ def prune(context: click.Context, as_json: bool, **options: Any) -> None:
     world = World.current()  # before a device is picked: each process has its own
     device = pick_device(options["device"])
     dtype = pick_dtype(options["dtype"], device)
+    if options["semi_structured"]:
+        from ..semi_structured import check_device
+
+        check_device(device)
     from ..files import check_output_folder, whole_folder
     from ..pipeline import prune as run
     from ..sources import DIGITS, load_pipeline
@@ -125,17 +134,27 @@ def prune(context: click.Context, as_json: bool, **options: Any) -> None:
         search.unlink(missing_ok=True)
     if state is not None or resume is not None:
         shutil.rmtree(state or resume)
-    report = result.report
+    report, sparse = result.report, None
+    if options["semi_structured"]:
+        from ..semi_structured import to_semi_structured
+
+        sparse = to_semi_structured(result.denoiser)
     if as_json:
-        print_json(report.to_dict() | {"output": str(output), "config": config.to_dict()})
+        values = report.to_dict() | {"output": str(output), "config": config.to_dict()}
+        print_json(values | {"semi_structured": None if sparse is None else sparse.to_dict()})
         return
     _print_report(report, config, output)
+    if sparse is not None and sparse.gain is not None:
+        console().print(
+            f"as semi-structured sparse tensors a call takes {1 / sparse.gain:.3f} times as long "
+            f"({len(sparse.skipped[0])} linears stayed dense)",
+            highlight=False,
+        )
 
 
 def _print_report(report: PruneReport, config: PruneConfig, output: Path) -> None:
     out = console()
-    weights = any(stage.weights for stage in report.stages)
-    out.print(report.stage_table(), report.weight_table() if weights else report.layer_table())
+    out.print(*report.tables())
     decision = report.decision
     if decision is not None and decision.reached is not None:
         from ..allocation.costs import describe_cost
@@ -163,7 +182,7 @@ def _print_report(report: PruneReport, config: PruneConfig, output: Path) -> Non
             f"{human_bytes(report.packages.accumulator_bytes)} of sums at a time",
             highlight=False,
         )
-    if weights:
+    if report.of_weights:
         out.print(
             f"{report.sparsity:.2%} of the weights of the blocks' linears are zero; layers keep "
             f"their shapes, so that dense time stays\n"

@@ -18,7 +18,7 @@ def test_no_gpu_is_told():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a device that is not there")
 def test_the_dtype_and_the_pattern_are_asked_for(monkeypatch):
-    monkeypatch.setattr(semi_structured, "_check_device", lambda device: None)
+    monkeypatch.setattr(semi_structured, "check_device", lambda device: None)
     staged, _ = mask_denoiser(pattern=(2, 4))
     with pytest.raises(ValueError, match="must be float16 or bfloat16, got torch.float32"):
         to_semi_structured(staged)
