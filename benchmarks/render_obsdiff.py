@@ -1,0 +1,135 @@
+"""Tables of `bench_obsdiff`, for `render`."""
+
+import statistics
+
+from benchmarks.render_allocation import mean_of
+from benchmarks.rows import RESULTS, read_rows
+
+PATTERNS = ("2:4", "4:8", "1:4")
+
+
+def rows_of(part: str) -> list[dict[str, str]]:
+    return [row for row in read_rows(RESULTS / "obsdiff.csv") if row["part"] == part]
+
+
+def _cell(rows: list[dict[str, str]]) -> str:
+    """Frechet distance / squared error to dense / accuracy, means of the seeds."""
+    if not rows:
+        return ""
+    error = f"{mean_of(rows, 'mse_to_dense'):.4f}".lstrip("0")
+    return f"{mean_of(rows, 'frechet'):.2f} / {error} / {mean_of(rows, 'accuracy'):.1%}"
+
+
+def _seeds(rows: list[dict[str, str]]) -> int:
+    return len({row["seed"] for row in rows})
+
+
+def _dense(part: str) -> str:
+    rows = [row for row in rows_of(part) if row["variant"] == "dense"]
+    return f"{mean_of(rows, 'frechet'):.2f} / 0 / {mean_of(rows, 'accuracy'):.1%}"
+
+
+def criteria_table() -> str:
+    """One line a criterion and granularity, one column a sparsity or pattern."""
+    rows = rows_of("table")
+    lines = []
+    for granularities in (("structured",), ("unstructured", *PATTERNS)):
+        here = [row for row in rows if row["granularity"] in granularities]
+        columns = sorted(
+            {(row["granularity"], float(row["sparsity"])) for row in here},
+            key=lambda column: (granularities.index(column[0]), column[1]),
+        )
+        heads = [f"{s:.0%}" if name not in PATTERNS else name for name, s in columns]
+        lines += [
+            f"| {granularities[0]} | " + " | ".join(heads) + " |",
+            "|---|" + "---|" * len(heads),
+            f"| dense | {_dense('table')} |" + " |" * (len(heads) - 1),
+        ]
+        for criterion in dict.fromkeys(row["criterion"] for row in here):
+            cells = [
+                _cell(
+                    [
+                        row
+                        for row in here
+                        if row["criterion"] == criterion
+                        and (row["granularity"], float(row["sparsity"])) == column
+                    ]
+                )
+                for column in columns
+            ]
+            lines.append(f"| {criterion} | {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def variants_table(part: str) -> str:
+    """One line a variant, one column a granularity and sparsity."""
+    rows = [row for row in rows_of(part) if row["variant"] != "dense"]
+    columns = list(dict.fromkeys((row["granularity"], float(row["sparsity"])) for row in rows))
+    lines = [
+        "| | " + " | ".join(f"{name}, {s:.0%}" for name, s in columns) + " |",
+        "|---|" + "---|" * len(columns),
+        f"| dense | {_dense(part)} |" + " |" * (len(columns) - 1),
+    ]
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        cells = [
+            _cell(
+                [
+                    row
+                    for row in rows
+                    if row["variant"] == variant
+                    and (row["granularity"], float(row["sparsity"])) == column
+                ]
+            )
+            for column in columns
+        ]
+        lines.append(f"| {variant} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def packages_table() -> str:
+    """Quality on `digits` beside the time and memory of a wider model, by number of packages."""
+    rows, wide = rows_of("packages"), {row["variant"]: row for row in rows_of("memory")}
+    columns = list(
+        dict.fromkeys(
+            (row["granularity"], float(row["sparsity"]))
+            for row in rows
+            if row["variant"] != "dense"
+        )
+    )
+    lines = [
+        "| | " + " | ".join(f"digits, {name}, {s:.0%}" for name, s in columns)
+        + " | time, digits | sums, digits | time, DiT-B/4 | sums | process |",
+        "|---|" + "---|" * (len(columns) + 5),
+    ]  # fmt: skip
+    for variant in dict.fromkeys(row["variant"] for row in rows if row["variant"] != "dense"):
+        here = [row for row in rows if row["variant"] == variant]
+        cells = [
+            _cell([r for r in here if (r["granularity"], float(r["sparsity"])) == column])
+            for column in columns
+        ]
+        first = [row for row in here if row["granularity"] == "structured"]
+        seconds = statistics.median(float(row["prune_seconds"]) for row in first)
+        cells += [f"{seconds:.1f} s", _megabytes(first[0]["accumulator_bytes"])]
+        if variant in wide:
+            row = wide[variant]
+            cells += [
+                f"{float(row['prune_seconds']):.0f} s",
+                _megabytes(row["accumulator_bytes"]),
+                _megabytes(row["peak_bytes"]),
+            ]
+        lines.append(f"| {variant} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _megabytes(text: str) -> str:
+    return f"{float(text) / 1e6:.3g} MB"
+
+
+def seeds_of(part: str) -> int:
+    """Return how many seeds every row of a part has, at least."""
+    groups: dict[tuple, list[dict[str, str]]] = {}
+    for row in rows_of(part):
+        key = tuple(row[name] for name in ("variant", "granularity", "sparsity", "criterion"))
+        groups.setdefault(key, []).append(row)
+    return min(map(_seeds, groups.values()))
