@@ -22,6 +22,7 @@ from .statistics.calibration import Calibration
 from .statistics.calibration_file import check_made_for, load_calibration_file, made_for
 from .statistics.noising import Batch, CalibrationSet
 from .targets import choose_targets, target_shares
+from .trajectory.schedule import is_flow
 
 #: What clean latents may be handed over as.
 CalibrationSource = str | Path | Iterable[Batch] | None
@@ -95,6 +96,7 @@ def prepare(
             "prune: scheduler must be given with a bare denoiser, got None. "
             "It says how noisy each timestep is."
         )
+    _check_family(adapter, scheduler)
     layers = adapter.layers(denoiser)
     config = _with_ends(config, adapter, denoiser)
     # Refuse what no calibration could save before reading it; the power of its latents comes later.
@@ -121,6 +123,17 @@ def prepare(
         denoiser, adapter, scheduler, layers, frame, config, costs, data, measured, pipeline,
         component,
     )  # fmt: skip
+
+
+def _check_family(adapter: Adapter, scheduler: Any) -> None:
+    """Refuse a scheduler whose timesteps mean something else than those the denoiser is given."""
+    flow = adapter.sigma_scale is not None
+    if is_flow(scheduler) != flow:
+        raise ValueError(
+            f"prune: scheduler must be {'flow matching' if flow else 'variance preserving'} for "
+            f"{adapter.denoiser_class}, got {type(scheduler).__name__}. Give the one the model "
+            "was trained for."
+        )
 
 
 def _with_ends(config: PruneConfig, adapter: Adapter, denoiser: Denoiser) -> PruneConfig:

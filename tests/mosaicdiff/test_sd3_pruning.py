@@ -19,6 +19,7 @@ from mosaicdiff.statistics.noising import CalibrationSet, draw_noisy
 from .conftest import (
     NO_ENCODERS,
     flow_scheduler,
+    linear_scheduler,
     sample_sd3,
     tiny_sd3,
     tiny_sd3_batches,
@@ -145,6 +146,40 @@ def test_no_null_condition_is_refused_before_any_work():
         prune(model, batches)
     assert not calls
     assert prune(model, batches, null_share=0.0).report.sparsity > 0.19
+
+
+def test_a_scheduler_of_another_family_is_refused():
+    with pytest.raises(ValueError, match="flow matching for SD3Transformer2DModel, got DDIM"):
+        mosaicdiff.prune(tiny_sd3(), scheduler=linear_scheduler(), calibration=tiny_sd3_batches())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"granularity": "unstructured", "sparsity": 0.5},
+        {"granularity": "2:4", "sparsity": None},
+        {"granularity": "layers", "sparsity": 0.3, "depth_rank": "error"},
+        {"packages": 2, "allocation": "uniform"},
+        {"choice": "shared", "compensation": "affine"},
+        {"criterion": "wanda"},
+        {"stages": "auto", "bins": 4},
+        {"sparsity": None, "macs": "0.85x"},
+    ],
+    ids=lambda c: " ".join(f"{k}={v}" for k, v in c.items()),
+)
+def test_every_way_of_pruning_saves_what_it_made(config, tmp_path):
+    result = prune(tiny_sd3(layers=4), **config)
+    assert result.report.macs <= result.report.macs_dense
+    result.denoiser.save_pretrained(tmp_path / "m")
+    loaded = StagedDenoiser.from_pretrained(tmp_path / "m")
+    latents, inputs = tiny_sd3_batches(2)[0]
+    predict = loaded.adapter.predict
+    for t in (990.0, 500.0, 9.0):
+        made, read = (
+            predict(model, latents, torch.full((2,), t), inputs)
+            for model in (result.denoiser, loaded)
+        )
+        assert torch.equal(made, read)
 
 
 def spoiled(name, change):
