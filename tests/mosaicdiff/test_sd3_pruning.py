@@ -126,6 +126,30 @@ def test_one_choice_of_heads_and_both_readers_refitted(compensation):
     assert compared >= 2  # both streams of some block
 
 
+def test_the_denoiser_is_given_the_timestep_of_its_noise():
+    """1000 sigma, for every noisy latent of a stage: here all of it is noise."""
+    model, config = tiny_sd3(), PruneConfig(samples=64, batch_size=64, null_share=0.0)
+    ((latents, inputs),) = tiny_sd3_batches()
+    adapter = adapter_for(model)
+    data = CalibrationSet([(torch.zeros_like(latents), inputs)], adapter, model)
+    frame = make_frame(flow_scheduler(), config)
+    for stage in frame.division.stages:
+        drawn = draw_noisy(
+            model, adapter, stage, frame.schedule, data, config, torch.manual_seed(0)
+        )
+        ((noisy, steps, _),) = drawn
+        ends = frame.schedule.timesteps[[stage.first, stage.last]]
+        assert ends[0] - 1e-3 <= float(steps.min()) <= float(steps.max()) <= ends[1] + 1e-3
+        scale = noisy.square().mean((1, 2, 3)).sqrt() / (steps / 1000)
+        assert 0.7 < float(scale.min()) and float(scale.max()) < 1.3
+
+
+@pytest.mark.parametrize("stages", [2, 5, 10])
+def test_equal_stages_have_equal_steps_of_a_shifted_sampler(stages):
+    frame = make_frame(flow_scheduler(), PruneConfig(stages=stages, steps=20))
+    assert frame.steps == (20 // stages,) * stages
+
+
 def test_null_rows_are_those_of_the_empty_prompt():
     model = tiny_sd3()
     adapter = adapter_for(model)
