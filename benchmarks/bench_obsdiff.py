@@ -17,7 +17,6 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
-from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, DiTTransformer2DModel
@@ -25,6 +24,7 @@ from rich.progress import Progress
 
 from benchmarks.bench_quality import Study
 from benchmarks.rows import RESULTS, provenance, read_rows, upsert_row
+from benchmarks.student import STEPS, load_student
 from mosaicdiff import PruneConfig, prune
 from mosaicdiff.evaluate import sample_images
 from mosaicdiff.evaluate.sampling import balanced_labels
@@ -33,7 +33,6 @@ from mosaicdiff.trajectory_config import TrajectoryConfig
 
 FILE = RESULTS / "obsdiff.csv"
 KEY = ("part", "variant", "granularity", "sparsity", "criterion", "images", "seed")
-STUDENT = Path(__file__).parent.parent / "tests" / "fixtures" / "digits-4-step"
 SPARSITIES = (0.3, 0.5, 0.6, 0.7)
 PATTERNS = ("2:4", "4:8", "1:4")
 ALONG = TrajectoryConfig(samples=64, batch_size=32, guidance_scale=1.0)
@@ -67,10 +66,11 @@ STUDENT_INPUTS = {
 class ObsStudy(Study):
     """Prune by OBS-Diff's settings, and judge."""
 
-    def __init__(self, images: int, model: str = "digits", steps: int = 50) -> None:
+    def __init__(self, images: int, student: bool = False) -> None:
         super().__init__()
-        self.images, self.model, self.steps = images, model, steps
-        self.pipe = load_pipeline(model)
+        self.images, self.steps = images, STEPS if student else 50
+        self.load = load_student if student else lambda: load_pipeline("digits")
+        self.pipe = self.load()
 
     def sampled(self, pipe, seed: int) -> torch.Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -81,7 +81,7 @@ class ObsStudy(Study):
 
     def measure(self, part: str, variant: str, config: PruneConfig) -> None:
         """Prune once, sample, and write a row."""
-        pipe = load_pipeline(self.model)
+        pipe = self.load()
         started = time.perf_counter()
         report = prune(pipe, config, calibration=self.data).report
         row = {
@@ -90,22 +90,24 @@ class ObsStudy(Study):
             "seed": config.seed, "images": self.images,
             **self.judged(self.sampled(pipe, config.seed), config.seed),
             "reached": report.sparsity, "seconds": time.perf_counter() - started,
-            "accumulator_bytes": report.accumulator_bytes,
+            "accumulator_bytes": report.packages.accumulator_bytes if report.packages else "",
         }  # fmt: skip
         upsert_row(FILE, KEY, row | provenance())
 
-    def judged(self, pictures: torch.Tensor, seed: int) -> dict:
+    def dense_pictures(self, seed: int) -> torch.Tensor:
         key = (self.images, seed)
         if key not in self.dense:
             self.dense[key] = self.sampled(self.pipe, seed)
+        return self.dense[key]
+
+    def judged(self, pictures: torch.Tensor, seed: int) -> dict:
         labels = torch.tensor(balanced_labels(self.images, 10))
-        error = float((pictures - self.dense[key]).double().square().mean())
+        error = float((pictures - self.dense_pictures(seed)).double().square().mean())
         return self.judge.score(pictures, labels) | {"mse_to_dense": error}
 
     def write_dense(self, part: str, seed: int) -> None:
         """Write the dense model's row."""
-        scores = self.judged(self.dense.get((self.images, seed), self.sampled(self.pipe, seed)),
-                             seed)  # fmt: skip
+        scores = self.judged(self.dense_pictures(seed), seed)
         row = {
             "part": part, "variant": "dense", "granularity": "", "sparsity": 0.0,
             "criterion": "dense", "seed": seed, "images": self.images,
@@ -138,7 +140,9 @@ def variants_of(part: str, seed: int) -> list[tuple[str, PruneConfig]]:
         return table_of(seed)
     kinds = [("structured", 0.3), ("structured", 0.5), ("unstructured", 0.6)]
     if part == "packages":
-        changes = {f"P = {count}": {"packages": count} for count in (1, 2, 4)}
+        changes = {
+            f"P = {count}": {"packages": count, "memory": "64GiB"} for count in (1, 2, 4)
+        }  # fmt: skip
     else:
         changes = INPUTS if part == "inputs" else STUDENT_INPUTS
     return [
@@ -168,13 +172,15 @@ def _memory_of(count: int) -> dict:
     scheduler = DDIMScheduler(beta_schedule="linear", beta_end=0.02, clip_sample=False)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     config = PruneConfig(
-        sparsity=0.3, stages=1, allocation="uniform", samples=64, batch_size=16, packages=count
-    )
+        sparsity=0.3, stages=1, allocation="uniform", samples=64, batch_size=16, packages=count,
+        memory="64GiB",
+    )  # fmt: skip
     started = time.perf_counter()
     report = prune(denoiser, config, scheduler=scheduler, calibration=data).report
     return {
         "seconds": time.perf_counter() - started,
-        "accumulator_bytes": report.accumulator_bytes,
+        "accumulator_bytes": report.packages.accumulator_bytes,
+        "expected_bytes": report.packages.expected_bytes,
         "peak_bytes": 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before),
     }
 
@@ -191,8 +197,7 @@ def main() -> None:
     if args.part == "memory":
         measure_memory()
         return
-    student = args.part == "student"
-    study = ObsStudy(args.images, str(STUDENT) if student else "digits", 4 if student else 50)
+    study = ObsStudy(args.images, student=args.part == "student")
     with Progress() as progress:
         jobs = [row for seed in args.seeds for row in variants_of(args.part, seed)]
         if args.missing:

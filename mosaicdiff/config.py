@@ -204,7 +204,8 @@ class PruneConfig:
         if self.memory is None:
             return None
         try:
-            parsed = Budget.parse("size", self.memory)
+            text = f"{self.memory}B" if isinstance(self.memory, int) else self.memory
+            parsed = Budget.parse("size", text)
         except ValueError:
             parsed = None
         if parsed is None or parsed.relative or parsed.value < 1:

@@ -27,13 +27,16 @@ def estimate_cost(
     """Estimate what calibrating and pruning so many stages (or bins) takes.
 
     Returns:
-        `hessian_bytes` (of one stage, while it is calibrated), `statistics_bytes` (of all stages,
-        in main memory), `elimination_bytes` (a batch of the widest layers at once), `rate`
-        (operations a second of a matrix product here and now) and `seconds`.
+        `hessian_bytes` (of one stage, while it is calibrated; of all stages along a trajectory),
+        `statistics_bytes` (of all stages, in main memory), `elimination_bytes` (a batch of the
+        widest layers at once), `rate` (operations a second of a matrix product here and now) and
+        `seconds`.
     """
     parameter = next(denoiser.parameters())
     rate = measure_rate(parameter.device, parameter.dtype)
-    samples = stages * config.samples
+    samples, sums = stages * config.samples, 1
+    if config.activations == "trajectory":  # all stages in one run; guidance is not counted
+        samples, sums = config.trajectory.samples * config.steps, stages
     forward = 2.0 * adapter.macs(denoiser).total * samples
     hessian = elimination = 0.0
     for layer in layers:
@@ -48,7 +51,7 @@ def estimate_cost(
     widest = max(widths.values())
     batch = sum(1 for n in widths.values() if n == widest)
     return {
-        "hessian_bytes": float(HessianBank.bytes_needed(widths)),
+        "hessian_bytes": float(sums * HessianBank.bytes_needed(widths)),
         "statistics_bytes": float(packed_bytes(layers, stages)),
         "elimination_bytes": 4.0 * 4 * batch * widest**2,
         "rate": rate,

@@ -12,6 +12,9 @@ from .groups import Denoiser, PrunableLayer
 #: Tensors of one layer of one stage by their names in the dense denoiser.
 Parts = dict[str, torch.Tensor]
 
+#: Where accelerate and diffusers keep the hooks that bring weights to the device of a call.
+_OFFLOADING = ("_hf_hook", "_diffusers_hook")
+
 
 class BiasOnly(nn.Module):
     """Stand for a layer of which nothing is left but the reader's bias.
@@ -45,9 +48,14 @@ def shallow_clone(module: nn.Module) -> nn.Module:
     """Copy a module object that holds the same parameters, buffers and children.
 
     Its tables are its own, those of hooks too: a hook on the clone must not run on the original.
+    Offloading and compilation put a call of the original into the object: the clone is without.
     """
     clone = module.__new__(type(module))
     clone.__dict__ = dict(module.__dict__)
+    if any(name in clone.__dict__ for name in _OFFLOADING):
+        for name in ("forward", "_old_forward", *_OFFLOADING):
+            clone.__dict__.pop(name, None)
+    clone.__dict__.pop("_compiled_call_impl", None)
     for name in nn.Module().__dict__:
         if isinstance(clone.__dict__.get(name), dict):
             clone.__dict__[name] = clone.__dict__[name].copy()

@@ -26,6 +26,7 @@ from .sources import source_name
 from .statistics.calibration import Calibration
 from .statistics.calibration_file import made_for
 from .statistics.gather import Progress, gather, trace
+from .statistics.prompts import PromptSource
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ def plan(
     scheduler: Any = None,
     calibration: CalibrationSource = None,
     measured: Calibration | str | Path | None = None,
+    prompts: PromptSource = None,
 ) -> PrunePlan:
     """Check a request and say what it would remove, without running the model.
 
@@ -52,7 +54,9 @@ def plan(
     Raises:
         ValueError: what is removed depends on a calibration that is not there yet.
     """
-    return plan_of(prepare(model, config or PruneConfig(), scheduler, calibration, measured))
+    return plan_of(
+        prepare(model, config or PruneConfig(), scheduler, calibration, measured, prompts)
+    )
 
 
 def plan_of(job: Job) -> PrunePlan:
@@ -87,6 +91,7 @@ def prune(
     scheduler: Any = None,
     calibration: CalibrationSource = None,
     measured: Calibration | str | Path | None = None,
+    prompts: PromptSource = None,
     search_state: str | Path | None = None,
     state: str | Path | None = None,
     resume: str | Path | None = None,
@@ -101,9 +106,14 @@ def prune(
         scheduler: of a bare denoiser; of a pipeline the default is its own.
         calibration: clean latents: batches of (latents (B, C, H, W), other forward arguments),
             or, for a pipeline, a path (a folder of images, `.npz`, `.safetensors`). The
-            embedded `digits` pipeline needs none.
+            embedded `digits` pipeline needs none, nor does `activations="trajectory"`: what
+            needs clean latents takes those that the pipeline draws, and the closed-form stages
+            take a power of 1.
         measured: what `calibrate` gave, or its file: then the model is not run again, but for
             budgets and searches that measure the result.
+        prompts: of `activations="trajectory"`: texts, or labels (numbers or names) of a
+            class-conditional pipeline, or a `.txt` file with one in a line. Labels may be left
+            out: then all classes are drawn evenly.
         search_state: file that keeps an evolutionary search; one that is there is gone on with.
         state: new folder that keeps every package once it is solved.
         resume: such a folder that an interrupted run left, to go on from.
@@ -122,7 +132,7 @@ def prune(
         raise ValueError(
             f"prune: state must be left out with resume, which names the folder, got {state}."
         )
-    job = prepare(model, config or PruneConfig(), scheduler, calibration, measured)
+    job = prepare(model, config or PruneConfig(), scheduler, calibration, measured, prompts)
     tell = progress or _silent
     # A bare denoiser stays the caller's own: the stages get tensors of theirs.
     base = job.denoiser if job.pipeline is not None else copy.deepcopy(job.denoiser)
@@ -164,6 +174,7 @@ def calibrate(
     *,
     scheduler: Any = None,
     calibration: CalibrationSource = None,
+    prompts: PromptSource = None,
     progress: Progress | None = None,
 ) -> Calibration:
     """Measure all that pruning needs of a model, once for every budget.
@@ -171,9 +182,8 @@ def calibrate(
     Arguments and errors are those of `prune`. With `stages="auto"` the bins are kept, and the
     stages may be put wherever bins meet; otherwise the curves of the stages are traced too.
     """
-    return calibrate_job(
-        prepare(model, config or PruneConfig(), scheduler, calibration), progress or _silent
-    )
+    job = prepare(model, config or PruneConfig(), scheduler, calibration, prompts=prompts)
+    return calibrate_job(job, progress or _silent)
 
 
 def calibrate_job(job: Job, tell: Progress) -> Calibration:
@@ -183,7 +193,7 @@ def calibrate_job(job: Job, tell: Progress) -> Calibration:
             f"calibrate: granularity must remove groups, got {job.config.granularity!r}: "
             "statistics are kept of those alone. Prune without."
         )
-    made = made_for(job.denoiser, job.scheduler, job.config)
+    made = made_for(job.denoiser, job.scheduler, job.config, job.prompts)
     measured = replace(gather(job, tell), made_for=made)
     return measured if job.config.stage_count == "auto" else trace(job, measured, tell)
 

@@ -9,6 +9,7 @@ import torch
 
 from .allocation.decide import Decision
 from .checkpoint import storage_of
+from .masked_storage import stored_size
 from .report import (
     DecisionReport,
     LayerReport,
@@ -56,7 +57,7 @@ def report_of(
                 weight_rows(solutions[k]) if decision is None else [],
             )
         )
-    stored = {n: t for n, t in storage_of(staged)[0].items() if not n.startswith("kept.")}
+    parameters, size = stored_size(storage_of(staged)[0].items())
     per_step = [sum(p.numel() for p in stage.parameters()) for stage in staged.stage_models]
     return PruneReport(
         stages=stages,
@@ -67,10 +68,10 @@ def report_of(
         macs=mean,
         macs_with_attention=mean_with_attention,
         parameters_dense=sum(p.numel() for p in job.denoiser.parameters()),
-        parameters=sum(t.numel() for n, t in stored.items() if not n.startswith("mask.")),
+        parameters=parameters,
         parameters_per_step=sum(n * c for n, c in zip(per_step, steps, strict=True)) / total,
         bytes_dense=_bytes(job.denoiser.parameters()),
-        bytes=_bytes(stored.values()),
+        bytes=size,
         resident_bytes=_bytes(staged.parameters()),
         seconds=0.0,
         decision=None if decision is None else DecisionReport(

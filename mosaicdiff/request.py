@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,21 @@ from .config import PruneConfig
 from .groups import Denoiser, PrunableLayer
 from .patterns import check_patterns
 from .runtime import StagedDenoiser
-from .sources import DIGITS, find_denoiser, load_calibration, source_name
+from .sources import DIGITS, class_count, find_denoiser, load_calibration, source_name
 from .statistics.calibration import Calibration
 from .statistics.calibration_file import check_made_for, load_calibration_file, made_for
 from .statistics.noising import Batch, CalibrationSet
+from .statistics.prompts import (
+    Prompts,
+    PromptSource,
+    call_options,
+    condition_argument,
+    read_prompts,
+)
+from .statistics.sampled import SampledLatents
 from .targets import choose_targets, target_shares
 from .trajectory.schedule import is_flow
+from .trajectory.weights import step_weights
 
 #: What clean latents may be handed over as.
 CalibrationSource = str | Path | Iterable[Batch] | None
@@ -45,6 +54,8 @@ class Job:
         measured: a calibration made before.
         pipeline: whose denoiser it is, and
         component: under which name.
+        prompts: that the pipeline is sampled with, where its own trajectories are seen.
+        sampled: what it drew then; filled by the first run of the dense denoiser.
     """
 
     denoiser: Denoiser
@@ -58,19 +69,22 @@ class Job:
     measured: Calibration | None
     pipeline: DiffusionPipeline | None
     component: str | None
+    prompts: Prompts | None = None
+    sampled: SampledLatents = field(default_factory=SampledLatents)
 
     def require_data(self, purpose: str) -> CalibrationSet:
-        """Return the clean latents.
+        """Return the clean latents: those given, or else those that the pipeline drew.
 
         Raises:
             ValueError: there are none; the message says what needs them.
         """
-        if self.data is None:
+        data = self.data if self.data is not None else self.sampled.data(self)
+        if data is None:
             raise ValueError(
                 f"prune: calibration must be given for {purpose}, got None: the file of "
                 "statistics does not hold the conditions to sample with. Name the latents too."
             )
-        return self.data
+        return data
 
 
 def prepare(
@@ -79,6 +93,7 @@ def prepare(
     scheduler: Any,
     calibration: CalibrationSource,
     measured: Calibration | str | Path | None = None,
+    prompts: PromptSource = None,
 ) -> Job:
     """Check a request; see `pipeline.prune` for the arguments and errors."""
     pipeline = model if isinstance(model, DiffusionPipeline) else None
@@ -97,6 +112,7 @@ def prepare(
             "It says how noisy each timestep is."
         )
     _check_family(adapter, scheduler)
+    sampling = _read_prompts(prompts, pipeline, config, measured is not None)
     layers = adapter.layers(denoiser)
     config = _with_ends(config, adapter, denoiser)
     # Refuse what no calibration could save before reading it; the power of its latents comes later.
@@ -110,8 +126,13 @@ def prepare(
     if measured is not None:
         if isinstance(measured, (str, Path)):
             measured = load_calibration_file(measured)
-        check_made_for(measured, made_for(denoiser, scheduler, config))
-    data = _read_data(calibration, pipeline, adapter, denoiser, measured is not None)
+        check_made_for(measured, made_for(denoiser, scheduler, config, sampling))
+    needless = config.activations == "trajectory" or (
+        measured is not None and source_name(pipeline) != DIGITS
+    )
+    data = None
+    if calibration is not None or not needless:
+        data = _read_data(calibration, pipeline, adapter, denoiser)
     if data is not None and measured is None and config.null_share > 0:
         # Refuse before any work where the batches do not hold what a null condition is.
         first = {key: value[:1] for key, value in data.inputs.items()}
@@ -121,7 +142,7 @@ def prepare(
     costs = _check_reach(layers, frame, config, denoiser, adapter)
     return Job(
         denoiser, adapter, scheduler, layers, frame, config, costs, data, measured, pipeline,
-        component,
+        component, sampling,
     )  # fmt: skip
 
 
@@ -146,15 +167,51 @@ def _with_ends(config: PruneConfig, adapter: Adapter, denoiser: Denoiser) -> Pru
     return replace(config, exclude=(*config.exclude, *ends))
 
 
+def _read_prompts(
+    prompts: PromptSource,
+    pipeline: DiffusionPipeline | None,
+    config: PruneConfig,
+    optional: bool,
+) -> Prompts | None:
+    """Read what to sample with, and try the settings of the run."""
+    if config.activations == "noised":
+        if prompts is not None:
+            raise ValueError(
+                "prune: prompts must be left out with activations='noised', which sees noised "
+                f"latents, got {prompts!r:.60}. Ask for activations='trajectory' "
+                "(--activations trajectory)."
+            )
+        return None
+    if pipeline is None:
+        raise ValueError(
+            "prune: model must be a pipeline with activations='trajectory', got a bare denoiser: "
+            "its pipeline is run. Give the pipeline, or use activations='noised' with clean "
+            "latents."
+        )
+    trajectory = config.trajectory
+    step_weights(trajectory.weights, config.steps, trajectory.weight_range)
+    call = type(pipeline).__call__
+    call_options(call, trajectory)
+    argument = condition_argument(call)
+    if argument == "prompt" and prompts is None and optional:
+        return None
+    by_class = argument == "class_labels"
+    return read_prompts(
+        prompts,
+        argument,
+        classes=class_count(pipeline) if by_class else 0,
+        names=getattr(pipeline, "labels", None),
+        samples=trajectory.samples,
+        seed=config.seed,
+    )
+
+
 def _read_data(
     calibration: CalibrationSource,
     pipeline: DiffusionPipeline | None,
     adapter: Adapter,
     denoiser: Denoiser,
-    optional: bool,
-) -> CalibrationSet | None:
-    if calibration is None and optional and source_name(pipeline) != DIGITS:
-        return None
+) -> CalibrationSet:
     if calibration is None or isinstance(calibration, (str, Path)):
         if pipeline is None:
             raise ValueError(

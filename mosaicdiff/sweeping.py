@@ -17,6 +17,7 @@ from .groups import Denoiser
 from .request import CalibrationSource, prepare
 from .statistics.calibration import Calibration
 from .statistics.gather import Progress, gather, make_probe
+from .statistics.prompts import PromptSource
 
 #: Solved layers that are kept from one budget for the next.
 _REMEMBER_BYTES = 1 << 30
@@ -66,6 +67,7 @@ def sweep(
     scheduler: Any = None,
     calibration: CalibrationSource = None,
     measured: Calibration | str | Path | None = None,
+    prompts: PromptSource = None,
     progress: Progress | None = None,
 ) -> list[FrontPoint]:
     """Plan several budgets from one calibration, and say what each costs and loses.
@@ -76,7 +78,7 @@ def sweep(
         config: all but the budget and the allocation.
         allocations: of `score`, `uniform` and `optimal`; each makes a front.
         measure: whether to prune each, sample, and measure the error; else it is predicted.
-        scheduler, calibration, measured, progress: as in `prune`.
+        scheduler, calibration, measured, prompts, progress: as in `prune`.
 
     Raises:
         ValueError: as `prune`; or a budget of milliseconds or of quality, which need one run each.
@@ -99,7 +101,7 @@ def sweep(
     asked = [_config_for(config, b, a) for a in allocations for b in budgets]
     # The most that any of them needs is measured: `optimal` weighs errors, shares do not.
     main = next((one for one in asked if one.allocation == "optimal"), asked[0])
-    job = prepare(model, main, scheduler, calibration, measured)
+    job = prepare(model, main, scheduler, calibration, measured, prompts)
     for one in asked:  # all that can be refused before work starts
         effort_bounds(job.layers, job.frame, one, job.costs)
     given = job.measured if job.measured is not None else gather(job, tell)

@@ -10,6 +10,7 @@ import click
 
 from .common import (
     check_calibration,
+    check_prompts,
     console,
     device_option,
     dtype_option,
@@ -29,6 +30,8 @@ from .request_options import calibration_options, read_config
     epilog=examples(
         "mosaicdiff calibrate digits --output digits.cal",
         "mosaicdiff calibrate digits --output digits.cal --stages auto --bins 10",
+        "mosaicdiff calibrate digits --output sampled.cal --activations trajectory "
+        "--guidance-scale 4",
         "mosaicdiff prune digits --from digits.cal --output out/digits-40 --sparsity 40%",
     )
 )
@@ -59,6 +62,7 @@ def calibrate(context: click.Context, as_json: bool, **options: Any) -> None:
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"--output must lie in a folder that can be written to, got {output}.")
     check_calibration(options["calibration"])
+    check_prompts(options["prompts"])
     device = pick_device(options["device"])
     dtype = pick_dtype(options["dtype"], device)
     from ..pipeline import calibrate_job
@@ -67,7 +71,7 @@ def calibrate(context: click.Context, as_json: bool, **options: Any) -> None:
     from ..statistics.calibration_file import save_calibration, stated_bytes
 
     pipe = load_pipeline(options["model"], dtype, device)
-    job = prepare(pipe, config, None, options["calibration"])
+    job = prepare(pipe, config, None, options["calibration"], prompts=options["prompts"])
     stated = stated_bytes(job.layers, len(job.frame.division), traced=config.stage_count != "auto")
     values = {
         "output": str(output),

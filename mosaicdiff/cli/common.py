@@ -111,6 +111,18 @@ def check_calibration(source: str | None) -> None:
         raise ValueError(f"calibration: {source} must be a folder or a file, but there is none.")
 
 
+def check_prompts(source: Path | None) -> None:
+    """Refuse a file of prompts that is not there, before a model is loaded.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    from ..statistics.prompts import check_prompt_file
+
+    if source is not None:
+        check_prompt_file(source)
+
+
 def console() -> Console:
     """Return the console for tables; wide enough to keep rows whole when piped."""
     return Console() if sys.stdout.isatty() else Console(width=110)

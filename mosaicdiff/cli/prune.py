@@ -11,6 +11,7 @@ import click
 from ..config import PruneConfig
 from .common import (
     check_calibration,
+    check_prompts,
     console,
     device_option,
     dtype_option,
@@ -48,6 +49,9 @@ if TYPE_CHECKING:
         "mosaicdiff prune digits --output out/digits-score --sparsity 0.5 --allocation score",
         "mosaicdiff prune digits --from digits.cal --output out/digits-50 --sparsity 50%",
         "mosaicdiff prune digits --output out/found --allocation evolutionary --search-time 2m",
+        "mosaicdiff prune digits --output out/sampled --activations trajectory --trajectories 32",
+        "mosaicdiff prune ./sd3 --output out/sd3 --activations trajectory --prompts prompts.txt "
+        "--guidance-scale 5 --pipeline-option height=512 --pipeline-option width=512",
         "mosaicdiff prune ./DiT-XL-2-256 --calibration latents.npz --output out/dit --round-to 64",
         "mosaicdiff prune digits --output out/digits-30 --dry-run",
     )
@@ -92,9 +96,10 @@ def prune(context: click.Context, as_json: bool, **options: Any) -> None:
         check_output_folder(output, options["overwrite"])
     calibration, measured = options["calibration"], options["measured"]
     check_calibration(calibration)
+    check_prompts(options["prompts"])
     pipe = load_pipeline(options["model"], dtype, device)
     if options["dry_run"] or output is None:
-        _dry_run(pipe, config, calibration, measured, as_json)
+        _dry_run(pipe, config, calibration, measured, options["prompts"], as_json)
         return
     search = options["search_state"]
     if config.allocation == "evolutionary" and search is None:
@@ -106,8 +111,8 @@ def prune(context: click.Context, as_json: bool, **options: Any) -> None:
     state = output.with_name(output.name + ".packages") if in_parts else None
     with told_progress(quiet=not world.is_first) as tell:
         result = run(
-            pipe, config, calibration=calibration, measured=measured, search_state=search,
-            state=state, resume=resume, progress=tell,
+            pipe, config, calibration=calibration, measured=measured, prompts=options["prompts"],
+            search_state=search, state=state, resume=resume, progress=tell,
         )  # fmt: skip
     if not world.is_first:
         return
@@ -181,7 +186,12 @@ def _print_report(report: PruneReport, config: PruneConfig, output: Path) -> Non
 
 
 def _dry_run(
-    pipe: Any, config: PruneConfig, calibration: str | None, measured: Path | None, as_json: bool
+    pipe: Any,
+    config: PruneConfig,
+    calibration: str | None,
+    measured: Path | None,
+    prompts: Path | None,
+    as_json: bool,
 ) -> None:
     """Print the plan where it is known before calibration, and what carrying it out takes."""
     from ..estimate import estimate_cost
@@ -189,7 +199,7 @@ def _dry_run(
     from ..pipeline import plan_of
     from ..request import prepare
 
-    job = prepare(pipe, config, None, calibration, measured)
+    job = prepare(pipe, config, None, calibration, measured, prompts)
     unit, by_share = config.budget.unit, config.allocation in ("score", "uniform", "explicit")
     known = by_share and unit == "sparsity" and not config.removes_weights
     if measured is not None and config.allocation != "evolutionary":

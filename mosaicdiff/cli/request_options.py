@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from click.core import ParameterSource
 from ..allocation.budget import UNITS
 from ..config import PruneConfig
 from ..config_checks import (
+    ACTIVATIONS,
     ALLOCATIONS,
     CHOICES,
     COMPENSATIONS,
@@ -21,9 +23,12 @@ from ..config_checks import (
     WEIGHTINGS,
 )
 from ..search_config import FITNESSES, GENES, STARTS, WITHIN, SearchConfig
+from ..trajectory.weights import WEIGHTS as STEP_WEIGHTS
+from ..trajectory_config import TrajectoryConfig
 
 _DEFAULTS = PruneConfig()
 _SEARCH = SearchConfig()
+_TRAJECTORY = TrajectoryConfig()
 _NAMED = ALLOCATIONS[:-1]
 
 #: Fields of PruneConfig whose options have their names and need no reading.
@@ -31,12 +36,17 @@ _FIELDS = (
     "weighting", "choice", "granularity", "depth_rank", "least_heads", "least_neurons",
     "latency_batch", "latency_table", "bins", "max_stages", "probe_samples", "criterion",
     "compensation", "samples", "seed", "steps", "threshold", "snr_weight", "max_sparsity",
-    "null_share", "damping", "round_to", "batch_size",
+    "null_share", "damping", "round_to", "batch_size", "activations",
 )  # fmt: skip
 _SEARCH_FIELDS = {
     "search_genes": "genes", "search_within": "within", "fitness": "fitness",
     "generations": "generations", "population": "population", "offspring": "offspring",
     "survivors": "survivors",
+}  # fmt: skip
+
+#: Of TrajectoryConfig.
+_TRAJECTORY_FIELDS = {
+    "trajectories": "samples", "trajectory_batch": "batch_size", "guidance_scale": "guidance_scale",
 }  # fmt: skip
 
 Command = Callable[..., Any]
@@ -92,6 +102,47 @@ calibration_options = _options(
         "--calibration",
         help="Folder of images by class, .npz or .safetensors of latents "
         "and labels; digits needs none.",
+    ),
+    _choice(
+        "--activations",
+        ACTIVATIONS,
+        "Whose are seen: of clean latents noised, or of the pipeline along its trajectory, which "
+        "needs no pictures.",
+    ),
+    click.option(
+        "--prompts",
+        type=click.Path(path_type=Path),
+        help="Of trajectory: .txt file with one prompt, label number or class name in a line.  "
+        "[default: all classes in turn]",
+    ),
+    click.option(
+        "--trajectories",
+        default=_TRAJECTORY.samples,
+        show_default=True,
+        help="Pictures sampled, all stages together.",
+    ),
+    click.option(
+        "--trajectory-batch",
+        default=_TRAJECTORY.batch_size,
+        show_default=True,
+        help="Pictures sampled at once.",
+    ),
+    click.option(
+        "--timestep-weights",
+        default=_TRAJECTORY.weights,
+        show_default=True,
+        help=f"How much each step counts: {', '.join(STEP_WEIGHTS)}, or a number for each step, "
+        "noisiest first: 1,1,0.5,0.5.",
+    ),
+    click.option(
+        "--guidance-scale",
+        type=float,
+        help="Of trajectory.  [default: the pipeline's own]",
+    ),
+    click.option(
+        "--pipeline-option",
+        multiple=True,
+        help="Of trajectory, NAME=VALUE in JSON, e.g. height=512; repeatable.",
     ),
     _number("--samples", "Calibration samples for each stage (or bin)."),
     _number("--batch-size", "Calibration samples at once."),
@@ -248,7 +299,14 @@ def read_config(context: click.Context, options: dict[str, Any]) -> PruneConfig:
         search["start"] = tuple(options["search_start"].split(","))
     if given("search_time") and options["search_time"] is not None:
         search["seconds"] = parse_seconds(options["search_time"])
-    return PruneConfig.from_dict(values | {"search": search})
+    trajectory = dict(values.get("trajectory", {}))
+    trajectory.update({f: options[name] for name, f in _TRAJECTORY_FIELDS.items() if given(name)})
+    if given("timestep_weights"):
+        trajectory["weights"] = _parse_step_weights(options["timestep_weights"])
+    if given("pipeline_option") and options["pipeline_option"]:
+        more = dict(map(_parse_pipeline_option, options["pipeline_option"]))
+        trajectory["options"] = dict(trajectory.get("options", {})) | more
+    return PruneConfig.from_dict(values | {"search": search, "trajectory": trajectory})
 
 
 def parse_seconds(text: str) -> float:
@@ -273,6 +331,31 @@ def _parse_allocation(text: str) -> dict[str, Any]:
             f"--allocation must be {', '.join(_NAMED)} or shares such as 0.5,0.1,0.4, got {text!r}."
         ) from None
     return {"allocation": "explicit", "stage_sparsity": shares}
+
+
+def _parse_step_weights(text: str) -> str | tuple[float, ...]:
+    if text in STEP_WEIGHTS:
+        return text
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(
+            f"--timestep-weights must be one of {', '.join(STEP_WEIGHTS)}, or a number for each "
+            f"step such as 1,1,0.5,0.5, got {text!r}."
+        ) from None
+
+
+def _parse_pipeline_option(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    try:
+        if name.strip():
+            return name.strip(), json.loads(value)
+    except json.JSONDecodeError:
+        pass
+    raise ValueError(
+        "--pipeline-option must be NAME=VALUE with a value in JSON (texts in quotes), e.g. "
+        f"height=512 or 'negative_prompt=\"blurry\"', got {text!r}."
+    )
 
 
 def _parse_layer_share(text: str) -> tuple[str, float | tuple[float, ...]]:

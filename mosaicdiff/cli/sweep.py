@@ -9,6 +9,7 @@ import click
 
 from .common import (
     check_calibration,
+    check_prompts,
     console,
     device_option,
     dtype_option,
@@ -69,6 +70,7 @@ def sweep(context: click.Context, as_json: bool, **options: Any) -> None:
     if plot is not None:
         check_plot_file(plot)
     check_calibration(options["calibration"])
+    check_prompts(options["prompts"])
     from ..allocation.budget import Budget
     from ..sources import load_pipeline
     from ..sweeping import sweep as run
@@ -81,7 +83,8 @@ def sweep(context: click.Context, as_json: bool, **options: Any) -> None:
     with told_progress() as tell:
         points = run(
             pipe, budgets, config, allocations=[first, *others], measure=options["measure"],
-            calibration=options["calibration"], measured=options["measured"], progress=tell,
+            calibration=options["calibration"], measured=options["measured"],
+            prompts=options["prompts"], progress=tell,
         )  # fmt: skip
     if plot is not None:
         draw_front(plot, points)

@@ -111,14 +111,19 @@ def _open_state(job: Job, split: Split, folder: Path | None, resume: bool) -> Pa
 
 def _fingerprint(job: Job, split: Split) -> dict[str, Any]:
     """Say all that decides the result."""
-    of_model = made_for(job.denoiser, job.scheduler, job.config)
+    of_model = made_for(job.denoiser, job.scheduler, job.config, job.prompts)
+    sampler = {k: v for k, v in job.scheduler.config.items() if not k.startswith("_")}
     config = job.config.to_dict()
     config.pop("memory")  # it decides the packages, which are named
     return {
         "model": [of_model["class"], of_model["dtype"], of_model["model"]],
-        "schedule": of_model["schedule"],
+        "schedule": [
+            of_model["schedule"],
+            type(job.scheduler).__name__,
+            repr(sorted(sampler.items())),
+        ],
         "config": config,
-        "calibration": _data_digest(job),
+        "calibration": [_data_digest(job), of_model.get("prompts")],
         "measured": None if job.measured is None else dict(job.measured.made_for),
         "packages": [[name for unit in part for name in unit.widths] for part in split.packages],
         "code": code_version(),
@@ -201,4 +206,4 @@ def _measure(job: Job, split: Split, tell: Progress) -> tuple[Calibration, Colle
         frame.division, frame.steps, job.layers, frame.power, [{} for _ in range(stages)],
         curves=curves, traced_with=traced_settings(job.config),
     )  # fmt: skip
-    return with_extras(job, measured, job.require_data("weights of the layers' errors")), seen
+    return with_extras(job, measured), seen

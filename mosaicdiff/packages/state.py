@@ -27,7 +27,7 @@ _NAMES = {
     "model": "the model's weights",
     "config": "the configuration",
     "calibration": "the calibration inputs",
-    "schedule": "the noise schedule",
+    "schedule": "the scheduler",
     "code": "the version of mosaicdiff",
     "packages": "the packages",
 }
@@ -71,7 +71,8 @@ class PackageState:
     def save(self, package: int, solved: Sequence[Mapping[str, Stored]]) -> None:
         """Write a package, whole or not at all: what is stored of each name, for each stage."""
         tensors = {
-            f"{k}/{name}/{part}": tensor.detach().cpu().contiguous()
+            # Stages may hold one tensor (a bias that was not refitted): the file wants several.
+            f"{k}/{name}/{part}": tensor.detach().cpu().contiguous().clone()
             for k, row in enumerate(solved)
             for name, (parts, _) in row.items()
             for part, tensor in parts.items()

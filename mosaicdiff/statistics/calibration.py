@@ -96,6 +96,8 @@ class Calibration:
         changes: for each bin, by layer or block name: what dropping it changes (see
             `statistics.depth`), where it was measured.
         curves: for each bin, by layer name, where they were traced; `traced_with` says how.
+        weighted: whether bins are joined by the weight of what they saw (sampled trajectories)
+            and not by their sampling steps (as many samples in each).
     """
 
     division: Division
@@ -108,11 +110,13 @@ class Calibration:
     changes: Sequence[Mapping[str, Mapping[str, float]]] | None = None
     curves: Sequence[Mapping[str, RemovalCurve]] | None = None
     traced_with: Mapping[str, Any] = field(default_factory=dict)
+    weighted: bool = False
 
     def merged(self, groups: Sequence[Sequence[int]], division: Division) -> Calibration:
         """Join runs of neighbouring bins into the stages of a coarser division.
 
-        H of a stage is the mean of its bins', each by its share of the sampling steps.
+        H of a stage is the mean of its bins', each by its share of the sampling steps, or of the
+        weight where they are weighted.
 
         Args:
             groups: the bins of each stage.
@@ -150,11 +154,15 @@ class Calibration:
 
     def pooled(self, reader: str, device: torch.device) -> Statistics:
         """Return a reader's statistics over the whole trajectory."""
-        return merge_statistics(
-            [bin_[reader] for bin_ in self.statistics],
-            self._shares(range(len(self.steps))),
-            device,
-        )
+        parts = [bin_[reader] for bin_ in self.statistics]
+        return merge_statistics(parts, self._shares_of(parts, range(len(parts))), device)
+
+    def _shares_of(self, parts: Sequence[PackedStatistics], group: Sequence[int]) -> list[float]:
+        """Return by what shares the statistics of some bins are joined."""
+        if not self.weighted:
+            return self._shares(group)
+        total = sum(part.weight for part in parts)
+        return [part.weight / total for part in parts]
 
 
 def _mean_rows(rows: Sequence[Mapping[str, float]], shares: Sequence[float]) -> dict[str, float]:
@@ -181,13 +189,14 @@ class _LazyMerge(Mapping[str, PackedStatistics]):
 
     def __init__(self, calibration: Calibration, group: tuple[int, ...]) -> None:
         self._parts = [calibration.statistics[k] for k in group]
-        self._shares = calibration._shares(group)
+        self._calibration, self._group = calibration, group
 
     def __getitem__(self, reader: str) -> PackedStatistics:
         parts = [part[reader] for part in self._parts]
         if len(parts) == 1:
             return parts[0]
-        return PackedStatistics.pack(merge_statistics(parts, self._shares, torch.device("cpu")))
+        shares = self._calibration._shares_of(parts, self._group)
+        return PackedStatistics.pack(merge_statistics(parts, shares, torch.device("cpu")))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts[0])

@@ -17,31 +17,41 @@ from ..config import PruneConfig
 from ..files import current_umask
 from ..groups import Denoiser, PrunableLayer
 from ..solving.curves import RemovalCurve
+from ..trajectory.schedule import NoiseSchedule
 from ..trajectory.stages import Division, Stage
 from .calibration import Calibration, PackedStatistics, packed_bytes
+from .prompts import Prompts
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 #: Settings that the statistics depend on, and those that the traced curves depend on too.
-_MEASURED_WITH = ("samples", "seed", "null_share")
+_MEASURED_WITH = ("samples", "seed", "null_share", "activations")
 #: What a tensor takes in the header: place, shape, digest, and its name twice.
 _ENTRY_BYTES = 110
 TRACED_WITH = ("criterion", "compensation", "damping", "choice", "seed")
 
 
-def made_for(denoiser: Denoiser, scheduler: Any, config: PruneConfig) -> dict[str, Any]:
+def made_for(
+    denoiser: Denoiser, scheduler: Any, config: PruneConfig, prompts: Prompts | None = None
+) -> dict[str, Any]:
     """Say what statistics depend on: the model, its schedule, and how they are drawn."""
     digest = hashlib.blake2b(digest_size=16)
     for name, parameter in sorted(denoiser.named_parameters()):
         digest.update(name.encode())
         raw = parameter.detach().cpu().contiguous().flatten().view(torch.uint8)
         digest.update(raw.numpy().data)
-    alphas = scheduler.alphas_cumprod.detach().cpu().double().numpy()
+    schedule = NoiseSchedule.from_scheduler(scheduler)
+    levels = schedule.signal.tobytes() + schedule.noise.tobytes()
+    sampled: dict[str, Any] = {}
+    if config.activations == "trajectory":
+        sampled["trajectory"] = config.trajectory.to_dict(config.steps) | {"steps": config.steps}
+        sampled["prompts"] = None if prompts is None else prompts.digest
     return {
         "model": digest.hexdigest(),
         "class": type(denoiser).__name__,
         "dtype": str(next(denoiser.parameters()).dtype).removeprefix("torch."),
-        "schedule": hashlib.blake2b(alphas.tobytes(), digest_size=16).hexdigest(),
+        "schedule": hashlib.blake2b(levels, digest_size=16).hexdigest(),
         **{name: getattr(config, name) for name in _MEASURED_WITH},
+        **sampled,
     }
 
 
@@ -92,6 +102,7 @@ def save_calibration(calibration: Calibration, path: str | Path) -> int:
         "steps": list(calibration.steps),
         "layers": [asdict(layer) for layer in calibration.layers],
         "power": calibration.power,
+        "weighted": calibration.weighted,
         "made_for": dict(calibration.made_for),
         "weights": dict(calibration.weights),
         "changes": calibration.changes,
@@ -193,6 +204,7 @@ def _from_description(path: Path, values: dict[str, Any], names: set[str]) -> Ca
         steps=tuple(values["steps"]),
         layers=layers,
         power=values["power"],
+        weighted=values["weighted"],
         statistics=[_FileBin(path, k, layers, names, values["digests"]) for k in range(count)],
         made_for=values["made_for"],
         weights=values["weights"],

@@ -13,6 +13,7 @@ from .bank import HessianBank
 from .calibration import PackedStatistics
 from .capture import evaluating
 from .noising import collect_statistics
+from .sampled import sample_statistics
 
 #: Called with (what is being done, how much is done, how much there is).
 Progress = Callable[[str, int, int], None]
@@ -41,9 +42,9 @@ def collect(
 
     Args:
         job: the request. `activations="noised"` runs its clean latents, noised within each
-            stage.
+            stage; `trajectory` its pipeline on its prompts, with the weights of its steps.
         network: the dense denoiser, or a staged one made from it, of which stage k runs
-            `stage_models[k]`.
+            `stage_models[k]`; in a run of the pipeline it takes the denoiser's place.
         widths: input features of the linears, by name in the dense denoiser. The network must
             still hold the dense denoiser's own module objects for them.
         tell: hears how far it is.
@@ -56,8 +57,31 @@ def collect(
     Raises:
         ValueError: there is nothing to run, or a linear saw no sample, or something that is not
             finite, in a stage.
+        Exception: of the pipeline, see `sample_statistics`.
     """
-    return _collect_noised(job, network, widths, tell, what, peak or Peak())
+    peak = peak or Peak()
+    if any(parameter.is_meta for parameter in network.parameters()):
+        raise ValueError(
+            "collect: network must hold its weights, but some are on the meta device, as after "
+            "enable_sequential_cpu_offload(). Use enable_model_cpu_offload()."
+        )
+    if job.config.activations == "noised":
+        return _collect_noised(job, network, widths, tell, what, peak)
+    stages = job.frame.division.stages
+    banks = [HessianBank(widths) for _ in stages]
+    with evaluating(job.denoiser), evaluating(network):
+        drawn = sample_statistics(
+            job, network, banks, widths, lambda done, total: tell(what, done, total)
+        )
+    if network is job.denoiser and not job.sampled.batches:
+        job.sampled.batches.extend(drawn)
+    device = next(job.denoiser.parameters()).device
+    for bank in banks:
+        bank.add_up(World.current(), device)
+    kept = 2 if device.type == "cpu" else 1  # the sums before the last batch are in main memory
+    peak.see(kept * sum(bank.nbytes for bank in banks))
+    pairs = zip(banks, stages, strict=True)
+    return [finish(bank, widths, stage.name) for bank, stage in pairs]
 
 
 def _collect_noised(

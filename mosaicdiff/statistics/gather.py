@@ -27,16 +27,27 @@ from .sensitivity import GAIN_SAMPLES, measure_weights, stage_gains
 def gather(job: Job, tell: Progress) -> Calibration:
     """Run the dense denoiser as the request says, and measure all that its allocation needs."""
     statistics = collect(job, job.denoiser, reader_widths(job.layers), tell)
-    data = job.require_data("calibration")
     measured = Calibration(
         division=job.frame.division,
         steps=job.frame.steps,
         layers=job.layers,
-        power=data.power,
+        power=job.frame.power,
         statistics=statistics,
+        weighted=job.config.activations == "trajectory",
     )
     with evaluating(job.denoiser):
-        return with_extras(job, measured, data)
+        return with_extras(job, measured)
+
+
+def clean_data(job: Job, purpose: str) -> CalibrationSet:
+    """Return clean latents: those given, or those that the request's pipeline draws.
+
+    Raises:
+        ValueError: there are none, and nothing to draw them with.
+    """
+    if job.data is None and job.prompts is not None and not job.sampled.batches:
+        collect(job, job.denoiser, {}, lambda what, done, total: None)
+    return job.require_data(purpose)
 
 
 def make_probe(job: Job, purpose: str, samples: int | None = None) -> Probe:
@@ -48,20 +59,30 @@ def make_probe(job: Job, purpose: str, samples: int | None = None) -> Probe:
     """
     config = job.config
     return Probe(
-        job.denoiser, job.adapter, job.scheduler, job.require_data(purpose), steps=config.steps,
+        job.denoiser, job.adapter, job.scheduler, clean_data(job, purpose), steps=config.steps,
         samples=config.probe_samples if samples is None else samples, seed=config.seed,
     )  # fmt: skip
 
 
-def with_extras(job: Job, measured: Calibration, data: CalibrationSet) -> Calibration:
-    """Add what only some allocations need: sensitivities, and what dropping blocks changes."""
+def with_extras(job: Job, measured: Calibration) -> Calibration:
+    """Add what only some allocations need: sensitivities, and what dropping blocks changes.
+
+    They take clean latents; where none were given, those that the pipeline drew, whose
+    conditions, null or not, are those it ran with.
+    """
     config, frame = job.config, job.frame
+    weighs = weighting_of(config) != "raw"
+    ranks = config.granularity != "structured" and config.depth_rank != "curve"
+    if not weighs and not ranks:
+        return measured
+    drawn = config if job.data is not None else replace(config, null_share=0.0)
     arguments = (
-        job.denoiser, job.adapter, job.layers, frame.division.stages, frame.schedule, data, config,
+        job.denoiser, job.adapter, job.layers, frame.division.stages, frame.schedule,
+        clean_data(job, "weights of errors"), drawn,
     )  # fmt: skip
-    if weighting_of(config) != "raw":
+    if weighs:
         measured = replace(measured, weights=_weights(job, arguments))
-    if config.granularity != "structured" and config.depth_rank != "curve":
+    if ranks:
         measured = replace(measured, changes=measure_changes(*arguments))
     return measured
 

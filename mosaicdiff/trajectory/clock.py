@@ -33,6 +33,21 @@ class _Run:
     position: int | None
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where in a run of a sampler a denoiser call is.
+
+    Args:
+        stage: of the division.
+        position: among the entries of `scheduler.timesteps`.
+        entries: how many there are; a sampler with two calls a step has more than steps.
+    """
+
+    stage: int
+    position: int
+    entries: int
+
+
 class StageClock:
     """Tell the stage of the next denoiser call.
 
@@ -90,14 +105,24 @@ class StageClock:
 
     def stage_of_call(self, timestep: torch.Tensor | float) -> int:
         """Return the stage of a denoiser call that was given this timestep."""
+        place = self.place_of_call(timestep)
+        return self._read(timestep) if place is None else place.stage
+
+    def place_of_call(self, timestep: torch.Tensor | float | None) -> Place | None:
+        """Return where in the run of an attached scheduler a call is that was given this timestep.
+
+        None where no run is under way, or the timestep is none of it.
+        """
         run = self._run
-        if run is not None and run.position is None:
+        if run is not None and run.position is None and timestep is not None:
             run.position = _locate(run.scheduler(), timestep)
         if run is None or run.position is None or run.position >= len(run.table):
-            return self._read(timestep)
-        return run.table[run.position]
+            return None
+        return Place(run.table[run.position], run.position, len(run.table))
 
-    def notify(self, scheduler: Any, event: str, begin: int | None = None) -> None:
+    def notify(
+        self, scheduler: Any, event: str, begin: int | None = None, result: Any = None
+    ) -> None:
         """Hear of a call on a scheduler; those not followed (copies) are ignored."""
         if not any(scheduler is known for known in self.schedulers):
             return
@@ -168,11 +193,11 @@ def _shadow(scheduler: Any) -> None:
             scheduler.__dict__[name] = types.MethodType(wrapper, scheduler)
 
 
-def _tell(scheduler: Any, event: str, begin: int | None = None) -> None:
+def _tell(scheduler: Any, event: str, begin: int | None = None, result: Any = None) -> None:
     for ref in list(scheduler.__dict__.get(_LISTENERS, ())):
         clock = ref()
         if clock is not None:
-            clock.notify(scheduler, event, begin)
+            clock.notify(scheduler, event, begin, result)
 
 
 def _wrap_set_timesteps(method: Any) -> Any:
@@ -203,7 +228,7 @@ def _wrap_step(method: Any) -> Any:
     @functools.wraps(method)
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = method(self, *args, **kwargs)
-        _tell(self, "step")
+        _tell(self, "step", result=result)
         return result
 
     return step

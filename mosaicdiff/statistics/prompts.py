@@ -1,0 +1,209 @@
+"""What a pipeline is given to sample along: prompts, or labels of a class-conditional one."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..trajectory_config import TrajectoryConfig
+
+#: Texts, or labels (numbers or names), or a file with one in a line.
+PromptSource = str | Path | Sequence[str | int] | None
+
+#: Arguments of a pipeline's call that take a batch of conditions, and guidance.
+_CONDITIONS = ("class_labels", "prompt")
+_GUIDANCE = ("guidance_scale", "true_cfg_scale", "cfg_scale")
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Conditions to sample with, checked.
+
+    Args:
+        argument: of the pipeline's call that takes them.
+        values: texts, or label numbers.
+    """
+
+    argument: str
+    values: tuple[str, ...] | tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def digest(self) -> str:
+        """A name for the values and their order."""
+        return hashlib.blake2b(json.dumps(self.values).encode(), digest_size=16).hexdigest()
+
+    def batches(self, samples: int, size: int) -> Iterator[list[Any]]:
+        """Yield so many values, in batches; they are used in turn."""
+        for start in range(0, samples, size):
+            last = min(start + size, samples)
+            yield [self.values[i % len(self.values)] for i in range(start, last)]
+
+
+def condition_argument(call: Callable[..., Any]) -> str:
+    """Return the argument by which a pipeline's call takes its conditions.
+
+    Raises:
+        ValueError: it has none that is known.
+    """
+    parameters = inspect.signature(call).parameters
+    for name in _CONDITIONS:
+        if name in parameters:
+            return name
+    raise ValueError(
+        f"prune: model must be a pipeline that takes {' or '.join(_CONDITIONS)} with "
+        f"activations='trajectory', got one that takes {', '.join(parameters)}. "
+        "Use activations='noised' with clean latents."
+    )
+
+
+def call_options(call: Callable[..., Any], config: TrajectoryConfig) -> dict[str, Any]:
+    """Return what a pipeline's call is given beside prompts, steps and a generator.
+
+    Raises:
+        ValueError: the call has no such argument, or it is one that is set already.
+    """
+    parameters = inspect.signature(call).parameters
+    options = dict(config.options)
+    ours = {"num_inference_steps", "generator", "output_type", "return_dict", "latents"}
+    for name in options:
+        if name in ours.union(_CONDITIONS) or name not in parameters:
+            free = sorted(set(parameters) - ours.union(_CONDITIONS, {"self"}))
+            raise ValueError(
+                f"TrajectoryConfig: options must be among {', '.join(free)} for this pipeline, "
+                f"got {name!r}. Steps, seed and prompts have fields of their own."
+            )
+    if config.guidance_scale is not None:
+        found = [name for name in _GUIDANCE if name in parameters]
+        if not found:
+            raise ValueError(
+                "TrajectoryConfig: guidance_scale must be left out for this pipeline, which has "
+                f"no guidance, got {config.guidance_scale}."
+            )
+        if found[0] in options:
+            raise ValueError(
+                f"TrajectoryConfig: options must not hold {found[0]} beside guidance_scale="
+                f"{config.guidance_scale}, got {options[found[0]]!r}. Give it once."
+            )
+        options[found[0]] = config.guidance_scale
+    if "output_type" in parameters:  # no decoding, where the pipeline can do without
+        options["output_type"] = "latent"
+    return options
+
+
+def read_prompts(
+    source: PromptSource,
+    argument: str,
+    *,
+    classes: int = 0,
+    names: Mapping[str, int] | None = None,
+    samples: int = 1,
+    seed: int = 0,
+) -> Prompts:
+    """Read what to sample with.
+
+    Args:
+        source: texts or labels; a `.txt` file with one in a line, in UTF-8 (blank lines are
+            skipped); or None for labels: all classes in an order drawn by the seed, in turn.
+        argument: see `condition_argument`.
+        classes: how many a class-conditional pipeline has.
+        names: of its classes.
+        samples: how many are wanted.
+        seed: of the order.
+
+    Raises:
+        ValueError: there is nothing, or something the pipeline does not take; says what.
+    """
+    by_class = argument == "class_labels"
+    if source is None:
+        if not by_class:
+            raise ValueError(
+                "prune: prompts must be given with activations='trajectory', got None. Give a "
+                "list of texts, or a file with one prompt in a line (--prompts FILE)."
+            )
+        order = torch.randperm(classes, generator=torch.Generator().manual_seed(seed))
+        return Prompts(argument, tuple(order[:samples].tolist()))
+    if isinstance(source, (str, Path)):
+        path = Path(source)
+        rows: list[tuple[str, Any]] = [
+            (f"line {number} of {path}", text) for number, text in _read_lines(path)
+        ]
+    else:
+        rows = [(f"entry {index}", value) for index, value in enumerate(source)]
+    if not rows:
+        raise ValueError("prune: prompts must hold at least one, got an empty list.")
+    if by_class:
+        known = names or {}
+        return Prompts(argument, tuple(_label(place, v, classes, known) for place, v in rows))
+    for place, value in rows:
+        if not isinstance(value, str):
+            raise ValueError(
+                f"prune: prompts must be texts for this pipeline, got {value!r} ({place})."
+            )
+    return Prompts(argument, tuple(value for _, value in rows))
+
+
+def check_prompt_file(path: Path) -> None:
+    """Refuse a file of prompts that is not there or not a text file, before it is read.
+
+    Raises:
+        ValueError: says which.
+    """
+    if not path.is_file():
+        found = "it is a folder" if path.is_dir() else "there is none"
+        raise ValueError(
+            f"prune: prompts must be a list of texts or a file, but {path} is no file: {found}. "
+            "A single prompt is a list of one."
+        )
+    if path.suffix != ".txt":
+        raise ValueError(
+            f"prune: prompts must be a .txt file with one prompt in a line, got {path}."
+        )
+
+
+def _read_lines(path: Path) -> list[tuple[int, str]]:
+    """Return the lines that are not blank, with their numbers."""
+    check_prompt_file(path)
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ValueError(
+            f"prune: prompts must be text in UTF-8, got byte 0x{data[error.start]:02x} at byte "
+            f"{error.start} (line {line}) of {path}. Save it as UTF-8."
+        ) from None
+    lines = enumerate(re.split(r"\r\n|\r|\n", text), start=1)
+    rows = [(number, line.strip()) for number, line in lines if line.strip()]
+    if not rows:
+        raise ValueError(
+            f"prune: prompts must hold at least one, but {path} has no line that is not blank."
+        )
+    return rows
+
+
+def _label(place: str, value: Any, classes: int, names: Mapping[str, int]) -> int:
+    number = value
+    if isinstance(value, str):
+        number = names[value] if value in names else int(value) if value.isdecimal() else value
+    if isinstance(number, bool) or not isinstance(number, int):
+        known = ", or names of classes" if names else ""
+        raise ValueError(
+            f"prune: prompts must be labels 0..{classes - 1}{known} for this class-conditional "
+            f"pipeline, got {value!r} ({place})."
+        )
+    if not 0 <= number < classes:
+        raise ValueError(
+            f"prune: prompts must be labels in 0..{classes - 1}, got {number} ({place})."
+        )
+    return number
