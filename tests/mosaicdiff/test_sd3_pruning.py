@@ -352,3 +352,22 @@ def test_what_says_nothing_of_prompts_is_refused(tmp_path):
         load_calibration(tmp_path, pipeline)
     with pytest.raises(ValueError, match="latents and encoder_hidden_states and pooled"):
         load_calibration(None, pipeline)
+
+
+def test_a_calibration_kept_in_a_file_gives_the_same_model(tmp_path):
+    from mosaicdiff.pipeline import calibrate
+    from mosaicdiff.statistics.calibration_file import load_calibration_file, save_calibration
+
+    model, config = tiny_sd3(layers=4), PruneConfig(**QUICK)
+    batches, scheduler = tiny_sd3_batches(), flow_scheduler()
+    measured = calibrate(model, config, scheduler=scheduler, calibration=batches)
+    save_calibration(measured, tmp_path / "sd3.cal")
+    read = load_calibration_file(tmp_path / "sd3.cal")
+    assert read.layers == measured.layers  # with their norms
+    again = mosaicdiff.prune(model, config, scheduler=scheduler, measured=read).denoiser
+    at_once = prune(model).denoiser
+    for name, parameter in at_once.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name))
+    with pytest.raises(ValueError, match="noise schedule must be"):
+        other = flow_scheduler(shift=2.0)
+        mosaicdiff.prune(model, config, scheduler=other, measured=read)
