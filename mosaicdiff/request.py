@@ -30,6 +30,7 @@ from .statistics.prompts import (
 )
 from .statistics.sampled import SampledLatents
 from .targets import choose_targets, target_shares
+from .trajectory.schedule import is_flow
 from .trajectory.weights import step_weights
 
 #: What clean latents may be handed over as.
@@ -110,6 +111,7 @@ def prepare(
             "prune: scheduler must be given with a bare denoiser, got None. "
             "It says how noisy each timestep is."
         )
+    _check_family(adapter, scheduler)
     sampling = _read_prompts(prompts, pipeline, config, measured is not None)
     layers = adapter.layers(denoiser)
     config = _with_ends(config, adapter, denoiser)
@@ -142,6 +144,17 @@ def prepare(
         denoiser, adapter, scheduler, layers, frame, config, costs, data, measured, pipeline,
         component, sampling,
     )  # fmt: skip
+
+
+def _check_family(adapter: Adapter, scheduler: Any) -> None:
+    """Refuse a scheduler whose timesteps mean something else than those the denoiser is given."""
+    flow = adapter.sigma_scale is not None
+    if is_flow(scheduler) != flow:
+        raise ValueError(
+            f"prune: scheduler must be {'flow matching' if flow else 'variance preserving'} for "
+            f"{adapter.denoiser_class}, got {type(scheduler).__name__}. Give the one the model "
+            "was trained for."
+        )
 
 
 def _with_ends(config: PruneConfig, adapter: Adapter, denoiser: Denoiser) -> PruneConfig:

@@ -45,6 +45,9 @@ KEPT = {
     "no heads": NO_HEADS,
     "no neurons": NO_NEURONS,
     "nothing left": NO_HEADS | NO_NEURONS,
+    # What the text stream becomes matters only where later blocks still attend to it.
+    "no heads at first": {f"{BLOCK}.0.attn": []},
+    "nothing left at first": {k: v for k, v in (NO_HEADS | NO_NEURONS).items() if ".0." in k},
     "whole": {},
 }
 

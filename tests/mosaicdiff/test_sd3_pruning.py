@@ -19,6 +19,7 @@ from mosaicdiff.statistics.noising import CalibrationSet, draw_noisy
 from .conftest import (
     NO_ENCODERS,
     flow_scheduler,
+    linear_scheduler,
     sample_sd3,
     tiny_sd3,
     tiny_sd3_batches,
@@ -125,6 +126,30 @@ def test_one_choice_of_heads_and_both_readers_refitted(compensation):
     assert compared >= 2  # both streams of some block
 
 
+def test_the_denoiser_is_given_the_timestep_of_its_noise():
+    """1000 sigma, for every noisy latent of a stage: here all of it is noise."""
+    model, config = tiny_sd3(), PruneConfig(samples=64, batch_size=64, null_share=0.0)
+    ((latents, inputs),) = tiny_sd3_batches()
+    adapter = adapter_for(model)
+    data = CalibrationSet([(torch.zeros_like(latents), inputs)], adapter, model)
+    frame = make_frame(flow_scheduler(), config)
+    for stage in frame.division.stages:
+        drawn = draw_noisy(
+            model, adapter, stage, frame.schedule, data, config, torch.manual_seed(0)
+        )
+        ((noisy, steps, _),) = drawn
+        ends = frame.schedule.timesteps[[stage.first, stage.last]]
+        assert ends[0] - 1e-3 <= float(steps.min()) <= float(steps.max()) <= ends[1] + 1e-3
+        scale = noisy.square().mean((1, 2, 3)).sqrt() / (steps / 1000)
+        assert 0.7 < float(scale.min()) and float(scale.max()) < 1.3
+
+
+@pytest.mark.parametrize("stages", [2, 5, 10])
+def test_equal_stages_have_equal_steps_of_a_shifted_sampler(stages):
+    frame = make_frame(flow_scheduler(), PruneConfig(stages=stages, steps=20))
+    assert frame.steps == (20 // stages,) * stages
+
+
 def test_null_rows_are_those_of_the_empty_prompt():
     model = tiny_sd3()
     adapter = adapter_for(model)
@@ -145,6 +170,40 @@ def test_no_null_condition_is_refused_before_any_work():
         prune(model, batches)
     assert not calls
     assert prune(model, batches, null_share=0.0).report.sparsity > 0.19
+
+
+def test_a_scheduler_of_another_family_is_refused():
+    with pytest.raises(ValueError, match="flow matching for SD3Transformer2DModel, got DDIM"):
+        mosaicdiff.prune(tiny_sd3(), scheduler=linear_scheduler(), calibration=tiny_sd3_batches())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"granularity": "unstructured", "sparsity": 0.5},
+        {"granularity": "2:4", "sparsity": None},
+        {"granularity": "layers", "sparsity": 0.3, "depth_rank": "error"},
+        {"packages": 2, "allocation": "uniform"},
+        {"choice": "shared", "compensation": "affine"},
+        {"criterion": "wanda"},
+        {"stages": "auto", "bins": 4},
+        {"sparsity": None, "macs": "0.85x"},
+    ],
+    ids=lambda c: " ".join(f"{k}={v}" for k, v in c.items()),
+)
+def test_every_way_of_pruning_saves_what_it_made(config, tmp_path):
+    result = prune(tiny_sd3(layers=4), **config)
+    assert result.report.macs <= result.report.macs_dense
+    result.denoiser.save_pretrained(tmp_path / "m")
+    loaded = StagedDenoiser.from_pretrained(tmp_path / "m")
+    latents, inputs = tiny_sd3_batches(2)[0]
+    predict = loaded.adapter.predict
+    for t in (990.0, 500.0, 9.0):
+        made, read = (
+            predict(model, latents, torch.full((2,), t), inputs)
+            for model in (result.denoiser, loaded)
+        )
+        assert torch.equal(made, read)
 
 
 def spoiled(name, change):
@@ -293,3 +352,22 @@ def test_what_says_nothing_of_prompts_is_refused(tmp_path):
         load_calibration(tmp_path, pipeline)
     with pytest.raises(ValueError, match="latents and encoder_hidden_states and pooled"):
         load_calibration(None, pipeline)
+
+
+def test_a_calibration_kept_in_a_file_gives_the_same_model(tmp_path):
+    from mosaicdiff.pipeline import calibrate
+    from mosaicdiff.statistics.calibration_file import load_calibration_file, save_calibration
+
+    model, config = tiny_sd3(layers=4), PruneConfig(**QUICK)
+    batches, scheduler = tiny_sd3_batches(), flow_scheduler()
+    measured = calibrate(model, config, scheduler=scheduler, calibration=batches)
+    save_calibration(measured, tmp_path / "sd3.cal")
+    read = load_calibration_file(tmp_path / "sd3.cal")
+    assert read.layers == measured.layers  # with their norms
+    again = mosaicdiff.prune(model, config, scheduler=scheduler, measured=read).denoiser
+    at_once = prune(model).denoiser
+    for name, parameter in at_once.named_parameters():
+        assert torch.equal(parameter, again.get_parameter(name))
+    with pytest.raises(ValueError, match="noise schedule must be"):
+        other = flow_scheduler(shift=2.0)
+        mosaicdiff.prune(model, config, scheduler=other, measured=read)
