@@ -154,20 +154,24 @@ def _check_packages(config: PruneConfig) -> None:
             "It says what a package may take, e.g. 20GiB."
         )
     _ = config.memory_bytes
-    if config.packages == 1:
-        return
-    all_at_once = {
+    name = measured_at_once(config)
+    if name is not None and (config.packages != 1 or config.memory is not None):
+        raise ValueError(
+            f"PruneConfig: packages must be 1 and memory None with {name}="
+            f"{getattr(config, name)!r}, got {config.packages!r} and {config.memory!r}: it "
+            "measures the whole network at once."
+        )
+
+
+def measured_at_once(config: PruneConfig) -> str | None:
+    """Name the field that needs the statistics of all layers at once, if one does."""
+    at_once = {
         "allocation": config.allocation == "evolutionary",
         "stages": config.stage_count == "auto",
         "quality": config.quality is not None,
         "latency": config.latency is not None,
     }
-    for name, at_once in all_at_once.items():
-        if at_once:
-            raise ValueError(
-                f"PruneConfig: packages must be 1 with {name}={getattr(config, name)!r}, got "
-                f"{config.packages!r}: it measures the whole network at once."
-            )
+    return next((name for name, needed in at_once.items() if needed), None)
 
 
 def _check_shares(config: PruneConfig) -> None:

@@ -13,6 +13,7 @@ import torch
 from ..allocation.budget import Budget
 from ..allocation.decide import Decision, decide, make_allocator
 from ..allocation.planning import PrunePlan, share_plan
+from ..config_checks import measured_at_once
 from ..distributed import World
 from ..report import PackagesReport
 from ..request import Job
@@ -67,6 +68,13 @@ def prune_in_packages(
     Raises:
         ValueError: the packages do not fit into the memory allowed, or the state is another's.
     """
+    name = measured_at_once(job.config)
+    if name is not None:
+        raise ValueError(
+            f"prune: {name} must not measure the whole network at once where a state is kept or "
+            f"several processes work, got {getattr(job.config, name)!r}. Prune in one process, "
+            "without a state."
+        )
     weights, split = split_request(job)
     state = _open_state(job, split, folder, resume)
     decision, seen = None, None

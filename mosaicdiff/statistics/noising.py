@@ -14,7 +14,7 @@ from ..distributed import World
 from ..trajectory.schedule import NoiseSchedule
 from ..trajectory.stages import Stage
 from .bank import HessianBank
-from .capture import capture_inputs
+from .capture import capture_inputs, in_batch
 
 #: Clean latents (B, C, H, W) and the denoiser's other inputs, each with B rows.
 Batch = tuple[torch.Tensor, dict[str, Any]]
@@ -108,6 +108,9 @@ def collect_statistics(
         advance: hears how many samples were run.
         network: that runs, made of the dense one's modules; the dense one itself by default.
 
+    Raises:
+        Exception: what the network raises in a batch, with the batch's number.
+
     Source: MosaicDiff (arXiv 2510.11962), SNR-aware calibration.
     """
     bank, world = HessianBank(widths), World.current()
@@ -117,7 +120,10 @@ def collect_statistics(
     with torch.no_grad(), capture_inputs(denoiser, widths, bank.update):
         for index, (noisy, timesteps, inputs) in enumerate(batches):
             if world.mine(index):
-                adapter.predict(runs, noisy, timesteps, inputs)
+                try:
+                    adapter.predict(runs, noisy, timesteps, inputs)
+                except Exception as error:
+                    raise in_batch(error, index, -(-config.samples // config.batch_size)) from error
             advance(len(noisy))
     return bank
 

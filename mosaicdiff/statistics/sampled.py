@@ -17,7 +17,7 @@ from ..groups import Denoiser
 from ..trajectory.clock import StageClock
 from ..trajectory.weights import step_weights
 from .bank import BankSnapshot, HessianBank
-from .capture import capture_inputs
+from .capture import capture_inputs, in_batch
 from .noising import Batch, CalibrationSet
 from .prompts import call_options
 
@@ -202,7 +202,7 @@ def sample_statistics(
                     bank.restore(before)
                 if not isinstance(error, Exception):
                     raise
-                raise _told(error, number, len(groups)) from error
+                raise in_batch(error, number, len(groups)) from error
             tell((number + 1) * config.steps, total)
             pictures = len(group) * int(options.get("num_images_per_prompt") or 1)
             wanted = max(_KEPT_ROWS, config.probe_samples)
@@ -233,16 +233,6 @@ def _call(
                 torch.cuda.manual_seed(seed)
         generator = torch.Generator().manual_seed(seed)
         pipeline(**{argument: group}, num_inference_steps=steps, generator=generator, **options)
-
-
-def _told(error: Exception, number: int, count: int) -> Exception:
-    """Return an error like this one that says in which batch it happened."""
-    text = f"collect: batch {number + 1} of {count} failed: {type(error).__name__}: {error}"
-    try:
-        told = type(error)(text)
-    except Exception:
-        return RuntimeError(text)
-    return told if text in str(told) else RuntimeError(text)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Two processes prune what one does: batches and layers shared out, written once."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,12 +12,11 @@ from mosaicdiff.distributed import World
 
 from .commands import run_json, stored
 
-#: Both granularities in one start of two processes.
+#: Several commands in one start of two processes.
 RUN = """
-import sys
+import json, sys
 from mosaicdiff.cli import main
-cut = sys.argv.index("--and")
-for arguments in (sys.argv[1:cut], sys.argv[cut + 1:]):
+for arguments in json.loads(sys.argv[1]):
     main(arguments, standalone_mode=False)
 """
 
@@ -28,27 +28,32 @@ def options(tiny, output, *more):
     )]  # fmt: skip
 
 
-WEIGHTS = ("--granularity", "unstructured", "--stages", "3", "--allocation", "score")
+CASES = {
+    "layers": (),
+    "weights": ("--granularity", "unstructured", "--stages", "3", "--allocation", "score"),
+    "along": ("--activations", "trajectory", "--trajectories", "6", "--trajectory-batch", "2",
+              "--allocation", "uniform"),
+}  # fmt: skip
 
 
 @pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="torch has no gloo")
 def test_two_processes_prune_what_one_does(tiny, tmp_path):
     script = tmp_path / "run.py"
     script.write_text(RUN)
-    two = [tmp_path / "two", tmp_path / "two-weights"]
+    runs = [options(tiny, tmp_path / name, *more) for name, more in CASES.items()]
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        str(script), *options(tiny, two[0]), "--and", *options(tiny, two[1], *WEIGHTS),
+        str(script), json.dumps(runs),
     ]  # fmt: skip
     done = subprocess.run(
         command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("wrote ") == 2  # by the first process alone
-    assert {path.name for path in tmp_path.iterdir()} == {"run.py", "two", "two-weights"}
-    for output, more in zip(two, ((), WEIGHTS), strict=True):
+    assert done.stdout.count("wrote ") == len(CASES)  # by the first process alone
+    assert {path.name for path in tmp_path.iterdir()} == {"run.py", *CASES}
+    for name, more in CASES.items():
         run_json(*options(tiny, tmp_path / "one", *more, "--overwrite"))
-        one, both = stored(tmp_path / "one"), stored(output)
+        one, both = stored(tmp_path / "one"), stored(tmp_path / name)
         assert one.keys() == both.keys()
         for name, tensor in one.items():
             assert tensor.shape == both[name].shape, name  # as many kept, and of masks the same

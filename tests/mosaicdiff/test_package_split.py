@@ -97,10 +97,10 @@ def test_more_packages_than_layers_are_refused():
         ({"packages": "auto"}, "memory must be given with packages='auto'"),
         ({"memory": "much"}, "memory must be such as 20GiB"),
         ({"memory": "0.5x"}, "memory must be such as 20GiB"),
-        ({"packages": 2, "quality": 0.01}, "packages must be 1 with quality=0.01"),
-        ({"packages": 2, "latency": "0.7x"}, "packages must be 1 with latency='0.7x'"),
-        ({"packages": 2, "stages": "auto"}, "packages must be 1 with stages='auto'"),
-        ({"packages": 2, "allocation": "evolutionary"}, "packages must be 1 with allocation="),
+        ({"packages": 2, "quality": 0.01}, "packages must be 1 and memory None with quality=0.01"),
+        ({"memory": "1GiB", "latency": "0.7x"}, "memory None with latency='0.7x'"),
+        ({"packages": 2, "stages": "auto"}, "packages must be 1 and memory None with stages="),
+        ({"packages": 2, "allocation": "evolutionary"}, "memory None with allocation="),
     ],
 )
 def test_bad_fields_are_refused(fields, message):

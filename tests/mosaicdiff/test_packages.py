@@ -19,7 +19,7 @@ from mosaicdiff.request import prepare
 from mosaicdiff.statistics.collect import collect
 
 from .commands import refused, run, run_json, stored
-from .conftest import linear_scheduler, tiny_batches, tiny_denoiser
+from .conftest import linear_scheduler, tiny_batches, tiny_denoiser, tiny_pipeline
 
 SMALL = {"samples": 32, "steps": 20, "stages": 1, "allocation": "uniform"}
 SHAPES = {
@@ -163,15 +163,21 @@ def test_choices_across_stages_hold_in_packages(choice):
         assert all(small <= large for small, large in zip(kept, kept[1:], strict=False))
 
 
-@pytest.mark.parametrize("activations", ["noised"])
+@pytest.mark.parametrize("activations", ["noised", "trajectory"])
 @pytest.mark.parametrize("stages", [1, 3])
 def test_the_sums_stay_under_the_memory_that_is_allowed(stages, activations):
     config = PruneConfig(
-        sparsity=0.4, packages=6, samples=32, steps=20, stages=stages, allocation="uniform",
-        activations=activations,
+        sparsity=0.4, packages=6, samples=32, steps=6, stages=stages, allocation="uniform",
+        activations=activations, trajectory={"samples": 4, "batch_size": 2},
     )  # fmt: skip
-    least = pruned(config).report.packages.expected_bytes
-    report = pruned(replace(config, packages="auto", memory=least)).report.packages
+
+    def taken(config):
+        model = tiny_pipeline(tiny_denoiser())
+        calibration = None if activations == "trajectory" else tiny_batches()
+        return mosaicdiff.prune(model, config, calibration=calibration).report.packages
+
+    least = taken(config).expected_bytes
+    report = taken(replace(config, packages="auto", memory=least))
     assert report.count > 1
     assert 0 < report.accumulator_bytes <= report.expected_bytes <= report.memory == least
 
@@ -284,6 +290,8 @@ def test_what_is_no_state_is_refused(begun, tmp_path):
     state = copied(begun, tmp_path)
     with pytest.raises(ValueError, match="state must be left out with resume"):
         pruned(config, state=state, resume=state)
+    with pytest.raises(ValueError, match="quality must not measure the whole network at once"):
+        pruned(PruneConfig(quality=0.01), state=tmp_path / "new")
     file = state / "package-2.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ValueError, match="package-2.safetensors must be as it was written"):
