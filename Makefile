@@ -63,6 +63,7 @@ bench: build
 	$(BIN)/python -m benchmarks.bench_hessian
 	$(BIN)/python -m benchmarks.bench_cholesky
 	$(BIN)/python -m benchmarks.bench_prune
+	$(BIN)/python -m benchmarks.bench_joint
 	$(BIN)/python -m benchmarks.bench_sweep
 	$(BIN)/python -m benchmarks.bench_errors
 	$(BIN)/python -m benchmarks.render

@@ -8,7 +8,7 @@
 #     test      the suite with the real kernels; not Triton's interpreter, which is for CPUs
 #     kernels   the second tier: every configuration, sanitizers on the host
 #     sanitize  compute-sanitizer on small cases of the CUDA kernels, where it is installed
-#     bench     the same as hessian cholesky sweep prune: rows in benchmarks/results/<device>.csv
+#     bench     the same as hessian cholesky sweep joint prune: rows in benchmarks/results/<device>.csv
 #
 # Without a name all parts run. Each ends within ten minutes; all run whatever fails, and the exit
 # status is 1 if one did. PYTHON is the interpreter (python3). Where OUT is set, the log and the
@@ -19,7 +19,7 @@ cd "$(dirname "$0")/.." || exit 1
 PYTHON=${PYTHON:-python3}
 PART_SECONDS=590
 SMALL='float64_is_the_reference or ties or dead or sweep or (inverse and not 1100)'
-ALL_PARTS=(build test kernels sanitize hessian cholesky sweep prune)
+ALL_PARTS=(build test kernels sanitize hessian cholesky sweep joint prune)
 
 die() {
   echo "gpu.sh: $1" >&2
@@ -31,8 +31,8 @@ parts=()
 for argument in "$@"; do
   case $argument in
     --dry-run) dry_run=true ;;
-    bench) parts+=(hessian cholesky sweep prune) ;;
-    build | test | kernels | sanitize | hessian | cholesky | sweep | prune) parts+=("$argument") ;;
+    bench) parts+=(hessian cholesky sweep joint prune) ;;
+    build | test | kernels | sanitize | hessian | cholesky | sweep | joint | prune) parts+=("$argument") ;;
     -h | --help)
       sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
       exit 0
@@ -104,7 +104,8 @@ part_sanitize() {
 part_hessian() { limited 100 "$PYTHON" -m benchmarks.bench_hessian --device cuda; }
 part_cholesky() { limited 60 "$PYTHON" -m benchmarks.bench_cholesky --device cuda; }
 part_sweep() { limited 120 "$PYTHON" -m benchmarks.bench_sweep --device cuda --repeats 2; }
-part_prune() { limited 310 "$PYTHON" -m benchmarks.bench_prune --device cuda; }
+part_joint() { limited 60 "$PYTHON" -m benchmarks.bench_joint --device cuda; }
+part_prune() { limited 280 "$PYTHON" -m benchmarks.bench_prune --device cuda; }
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
