@@ -4,9 +4,10 @@
     python -m benchmarks.bench_joint --heads 24 --repeats 5
 
 Providers: ours; the same choice with a fresh inverse for every head; each reader alone by
-`prune_columns`, which may choose other heads. All end with the least squares of what is kept. The error is the two layers', as a share of their energy, in float64. The
-floor: two inverses, W^T W, the updates of A and G to the last head removed, and the solves, over
-the measured rate of a matrix product. Rows go to `benchmarks/results/<device>.csv`.
+`prune_columns`, which may choose other heads. All end with the least squares of what is kept. The
+error is the two layers', as a share of their energy, in float64. The floor: two inverses, W^T W,
+the updates of A and G to the last head removed, and the solves, over the measured rate of a matrix
+product. Rows go to `benchmarks/results/<device>.csv`.
 """
 
 from collections.abc import Callable
