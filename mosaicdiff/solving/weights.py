@@ -9,9 +9,9 @@ import torch
 
 from mosaic_kernels import prune_weights
 
+from ..config_checks import CRITERIA
 from ..statistics.bank import Statistics
 
-CRITERIA = ("obs", "magnitude", "wanda", "dsnot", "random")
 #: DSnoT's constants: cycles at most, and the expected error that is small enough, in the units
 #: of the layer's output.
 DSNOT_CYCLES, DSNOT_THRESHOLD = 50, 0.1
@@ -125,7 +125,7 @@ def swap_weights(
     Returns:
         (m, n) bool, with as many kept in every group as before.
 
-    Source: DSnoT (Zhang et al., ICLR 2024, arXiv 2310.08915), equations 4 to 6.
+    Source: DSnoT (Zhang et al., ICLR 2024, arXiv 2310.08915).
     """
     rows, n = weight.shape
     device = weight.device
