@@ -32,8 +32,8 @@ def check_patterns(names: Sequence[str], patterns: Iterable[str], option: str) -
     """
     for pattern in patterns:
         if not any(matches(name, pattern) for name in names):
-            block = names[0].rpartition(".")[0]
+            above = names[0].rpartition(".")[0]
             raise ValueError(
                 f"prune: {option} must name layers of the denoiser, but nothing matches "
-                f"{pattern!r}. The first is {names[0]!r}; {block!r} is all of its block."
+                f"{pattern!r}. The first is {names[0]!r}; {above!r} means all that is in it."
             )

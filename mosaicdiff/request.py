@@ -124,6 +124,11 @@ def prepare(
     check_patterns(names, config.exclude, "exclude")
     _check_reach(layers, make_frame(scheduler, config), config, denoiser, adapter)
     if measured is not None:
+        if config.removes_weights:
+            raise ValueError(
+                f"prune: measured must be left out with granularity {config.granularity!r}: a kept "
+                "calibration holds what groups need, not single weights."
+            )
         if isinstance(measured, (str, Path)):
             measured = load_calibration_file(measured)
         check_made_for(measured, made_for(denoiser, scheduler, config, sampling))

@@ -25,6 +25,7 @@ from .common import (
     print_json,
     told_progress,
 )
+from .dry_run import dry_run
 from .request_options import (
     allocation_options,
     budget_options,
@@ -35,11 +36,7 @@ from .request_options import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from ..allocation.planning import PrunePlan
     from ..report import PruneReport
-    from ..trajectory.stages import Division
 
 
 @click.command(
@@ -108,7 +105,7 @@ def prune(context: click.Context, as_json: bool, **options: Any) -> None:
     check_prompts(options["prompts"])
     pipe = load_pipeline(options["model"], dtype, device)
     if options["dry_run"] or output is None:
-        _dry_run(pipe, config, calibration, measured, options["prompts"], as_json)
+        dry_run(pipe, config, calibration, measured, options["prompts"], as_json)
         return
     search = options["search_state"]
     if config.allocation == "evolutionary" and search is None:
@@ -202,104 +199,3 @@ def _print_report(report: PruneReport, config: PruneConfig, output: Path) -> Non
         f"wrote {output} in {report.seconds:.1f} s",
         highlight=False,
     )
-
-
-def _dry_run(
-    pipe: Any,
-    config: PruneConfig,
-    calibration: str | None,
-    measured: Path | None,
-    prompts: Path | None,
-    as_json: bool,
-) -> None:
-    """Print the plan where it is known before calibration, and what carrying it out takes."""
-    from ..estimate import estimate_cost
-    from ..packages.prune import in_packages, split_request
-    from ..pipeline import plan_of
-    from ..request import prepare
-
-    job = prepare(pipe, config, None, calibration, measured, prompts)
-    unit, by_share = config.budget.unit, config.allocation in ("score", "uniform", "explicit")
-    known = by_share and unit == "sparsity" and not config.removes_weights
-    if measured is not None and config.allocation != "evolutionary":
-        known = unit not in ("latency", "quality")  # those run the model
-    final = plan_of(job) if known else None
-    stages = len(job.frame.division)
-    cost = estimate_cost(job.denoiser, job.adapter, job.layers, stages, config)
-    packages: dict[str, int] = {}
-    if in_packages(job, None):
-        kind, split = split_request(job)
-        packages = {"count": len(split.packages), "bytes": split.expected_bytes}
-        if kind is not None:
-            packages["linears"] = len(kind.targets)
-    within = job.frame if final is None else final
-    rows = _stage_rows(within.division, within.steps)
-    if final is not None:
-        for k, row in enumerate(rows):
-            counts = zip(final.layers, final.removed[k], strict=True)
-            row["sparsity"] = final.stage_sparsity(k)
-            row["removed"] = {layer.name: count for layer, count in counts}
-    if as_json:
-        sparsity = None if final is None else final.sparsity
-        values: dict[str, Any] = {"sparsity": sparsity, "budget": str(config.budget)}
-        values |= {"stages": rows, "packages": packages or None}
-        print_json(values | {"cost": cost, "config": config.to_dict()})
-        return
-    if packages:
-        console().print(
-            f"{packages['count']} packages, each of at most {human_bytes(packages['bytes'])} "
-            "beside the model and its activations",
-            highlight=False,
-        )
-    if final is not None:
-        _print_plan(final)
-    elif config.removes_weights:
-        console().print(
-            f"{config.granularity}: {config.budget.value:.2%} of the weights of "
-            f"{packages['linears']} linears",
-            highlight=False,
-        )
-    else:
-        shown = ", ".join(f"{r['name']} ({r['steps']} steps)" for r in rows)
-        console().print(
-            f"{config.allocation} allocation of {config.budget} over {shown}: what each layer "
-            "gives is decided by the calibration (see mosaicdiff calibrate, and --from)",
-            highlight=False,
-        )
-    console().print(
-        f"memory for Hessians {human_bytes(cost['hessian_bytes'])} at once and "
-        f"{human_bytes(cost['statistics_bytes'])} kept, for elimination "
-        f"{human_bytes(cost['elimination_bytes'])}; about {cost['seconds']:.0f} s "
-        f"(at {cost['rate'] / 1e9:.0f} GFLOP/s, measured)",
-        highlight=False,
-    )
-
-
-def _stage_rows(division: Division, steps: Sequence[int]) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": stage.name,
-            "first_timestep": stage.first,
-            "last_timestep": stage.last,
-            "steps": count,
-        }
-        for stage, count in zip(division.stages, steps, strict=True)
-    ]
-
-
-def _print_plan(final: PrunePlan) -> None:
-    from rich.table import Table
-
-    table = Table(title=f"plan (nothing was run), mean sparsity {final.sparsity:.2%}")
-    table.add_column("layer")
-    table.add_column("dense", justify="right")
-    for k, stage in enumerate(final.division.stages):
-        table.add_column(
-            f"{stage.name} t {stage.first + 1}..{stage.last + 1}\n{final.steps[k]} steps, "
-            f"{final.stage_sparsity(k):.1%}",
-            justify="right",
-        )
-    for index, layer in enumerate(final.layers):
-        kept = [str(layer.groups - removed[index]) for removed in final.removed]
-        table.add_row(layer.name, f"{layer.groups} {layer.kind}", *kept)
-    console().print(table)
