@@ -72,6 +72,13 @@ class Job:
     prompts: Prompts | None = None
     sampled: SampledLatents = field(default_factory=SampledLatents)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser runs; with offloading its parameters rest elsewhere."""
+        if self.pipeline is not None:
+            return torch.device(self.pipeline._execution_device)
+        return next(self.denoiser.parameters()).device
+
     def require_data(self, purpose: str) -> CalibrationSet:
         """Return the clean latents: those given, or else those that the pipeline drew.
 

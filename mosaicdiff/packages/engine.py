@@ -83,7 +83,7 @@ def split_job(job: Job, units: Sequence[Unit]) -> Split:
     model = MemoryModel(
         stages=len(job.frame.division),
         at_once=config.activations == "trajectory",
-        together=next(job.denoiser.parameters()).device.type == "cpu",
+        together=job.device.type == "cpu",
     )
     packages = make_packages(units, config.packages, config.memory_bytes, model)
     return Split(packages, model, config.memory_bytes)

@@ -62,15 +62,11 @@ class LayerPackages:
         """Return the solution of a layer; the inverse of `pack`."""
         tensors, numbers = stored
         layer = next(layer for layer in self._job.layers if layer.name == name)
-        readers = []
-        for i in range(len(layer.readers)):
-            bias = tensors.get(f"{i}.bias")
-            readers.append(
-                FittedReader(
-                    tensors[f"{i}.weight"].to(device), None if bias is None else bias.to(device)
-                )
-            )
-        return LayerSolution(tensors["kept"], tuple(readers), numbers["error"], numbers["damping"])
+        readers = tuple(
+            FittedReader(tensors[f"{i}.weight"], tensors.get(f"{i}.bias"))
+            for i in range(len(layer.readers))
+        )
+        return LayerSolution(tensors["kept"], readers, **numbers).to(device)
 
     def network(self, base: Denoiser, solutions: Solutions) -> StagedDenoiser:
         """Build the staged denoiser of the layers solved so far around a base."""

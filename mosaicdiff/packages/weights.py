@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -45,17 +46,21 @@ class WeightPackages:
 
     def _solve(self, stage: int, index: int, statistics: Collected) -> WeightSolution:
         config, target = self._job.config, self.targets[index]
-        weight = self._job.denoiser.get_submodule(target.name).weight.detach()
+        rests = self._job.denoiser.get_submodule(target.name).weight.detach()
+        weight = rests.to(self._job.device)
         seen = statistics[stage][target.source].unpack(weight.device)
         pattern = parse_pattern(config.granularity)
         generator = torch.Generator(weight.device)
         generator.manual_seed(config.seed + _SEED_STEP * (1 + stage * len(self.targets) + index))
         try:
-            return prune_linear(
+            found = prune_linear(
                 weight, seen, config.criterion,
                 sparsity=None if pattern else self.shares[stage][index], pattern=pattern,
                 damping=config.damping, generator=generator,
             )  # fmt: skip
+            return replace(
+                found, weight=found.weight.to(rests.device), mask=found.mask.to(rests.device)
+            )
         except (ValueError, RuntimeError) as error:
             raise type(error)(f"{error} (Linear {target.name}.)") from None
 

@@ -78,7 +78,7 @@ class Fitter:
         curve = self._curves[stage][problem.layer.name]
         solution = fit_layer(
             problem, curve.kept(count), self._job.config.compensation, curve.damping
-        )
+        ).to(next(self._job.denoiser.parameters()).device)
         self._memory[key] = solution
         self._held += _bytes(solution)
         while self._held > self._limit and self._memory:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -62,6 +62,14 @@ class LayerSolution:
     readers: tuple[FittedReader, ...]
     error: float
     damping: float
+
+    def to(self, device: torch.device) -> LayerSolution:
+        """Return the same with the readers on a device."""
+        readers = tuple(
+            FittedReader(r.weight.to(device), None if r.bias is None else r.bias.to(device))
+            for r in self.readers
+        )
+        return replace(self, readers=readers)
 
 
 def trace_layers(

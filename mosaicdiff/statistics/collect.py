@@ -75,7 +75,7 @@ def collect(
         )
     if network is job.denoiser and not job.sampled.batches:
         job.sampled.batches.extend(drawn)
-    device = next(job.denoiser.parameters()).device
+    device = job.device
     for bank in banks:
         bank.add_up(World.current(), device)
     kept = 2 if device.type == "cpu" else 1  # the sums before the last batch are in main memory
@@ -104,7 +104,7 @@ def _collect_noised(
                 job.denoiser, job.adapter, widths, stage, job.frame.schedule, data, job.config,
                 advance, runs,
             )  # fmt: skip
-            bank.add_up(World.current(), next(job.denoiser.parameters()).device)
+            bank.add_up(World.current(), job.device)
             peak.see(bank.nbytes)
             statistics.append(finish(bank, widths, stage.name))
     return statistics

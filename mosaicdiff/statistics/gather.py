@@ -163,8 +163,8 @@ def _problem(
     readers = []
     for name in job.layers[index].readers:
         linear = job.denoiser.get_submodule(name)
-        bias = None if linear.bias is None else linear.bias.detach()
-        weight = linear.weight.detach()
+        bias = None if linear.bias is None else linear.bias.detach().to(job.device)
+        weight = linear.weight.detach().to(job.device)
         readers.append(Reader(weight, bias, statistics(name, weight.device).in_float32()))
     return LayerProblem(job.layers[index], tuple(readers))
 
