@@ -12,10 +12,9 @@ from ..distributed import World
 from ..groups import Denoiser
 from ..request import Job
 from ..runtime import StagedDenoiser
-from ..statistics.collect import Peak, Progress, collect
+from ..statistics.collect import Collected, Peak, Progress, collect
 from .memory import MemoryModel, make_packages
 from .state import PackageState, Stored
-from .structured import Collected
 from .units import Unit
 
 #: Solutions of each stage, by name of the layer or linear.

@@ -19,17 +19,17 @@ from ..report import PackagesReport
 from ..request import Job
 from ..statistics.calibration import Calibration
 from ..statistics.calibration_file import made_for
-from ..statistics.collect import Progress
+from ..statistics.collect import Collected, Progress
 from ..statistics.gather import traced_settings, with_extras
 from .engine import Packages, Solved, Split, solve_package, solve_packages, split_job
 from .state import PackageState, code_version
-from .structured import Collected, LayerPackages, trace_curves
+from .structured import LayerPackages, trace_curves
 from .units import Unit, layer_units
 from .weights import WeightPackages
 
 
 @dataclass(frozen=True)
-class PackedResult:
+class PackagesResult:
     """What pruning in packages gives.
 
     Args:
@@ -56,7 +56,7 @@ def in_packages(job: Job, state: str | Path | None) -> bool:
 
 def prune_in_packages(
     job: Job, tell: Progress, folder: Path | None = None, resume: bool = False
-) -> PackedResult:
+) -> PackagesResult:
     """Solve a request in packages.
 
     Args:
@@ -86,7 +86,7 @@ def prune_in_packages(
     packages = PackagesReport(
         len(split.packages), split.memory, split.expected_bytes, split.peak.bytes
     )
-    return PackedResult(kind, solved, decision, packages)
+    return PackagesResult(kind, solved, decision, packages)
 
 
 def split_request(job: Job) -> tuple[WeightPackages | None, Split]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -14,13 +14,11 @@ from ..runtime import StagedDenoiser
 from ..solving.curves import RemovalCurve
 from ..solving.fit import Fitter, Solutions, assemble
 from ..solving.solve import FittedReader, LayerSolution
-from ..statistics.calibration import Calibration, PackedStatistics
+from ..statistics.calibration import Calibration
+from ..statistics.collect import Collected
 from ..statistics.gather import trace
 from .state import Stored
 from .units import Unit, layer_units
-
-#: Statistics of each stage, by linear.
-Collected = Sequence[Mapping[str, PackedStatistics]]
 
 
 class LayerPackages:

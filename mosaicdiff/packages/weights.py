@@ -13,9 +13,9 @@ from ..request import Job
 from ..runtime import StagedDenoiser
 from ..solving.masked import assemble_weights
 from ..solving.weights import WeightSolution, prune_linear
+from ..statistics.collect import Collected
 from ..targets import choose_targets, target_shares
 from .state import Stored
-from .structured import Collected
 from .units import Unit, target_units
 
 #: Keeps the draws of the criterion `random` apart from linear to linear.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..distributed import World
@@ -17,6 +17,10 @@ from .sampled import sample_statistics
 
 #: Called with (what is being done, how much is done, how much there is).
 Progress = Callable[[str, int, int], None]
+
+
+#: Statistics of each stage, by linear.
+Collected = Sequence[Mapping[str, PackedStatistics]]
 
 
 @dataclass
