@@ -119,8 +119,9 @@ def solve_packages(
             what = "calibrate" if len(split.packages) == 1 else (
                 f"package {p + 1} of {len(split.packages)}:"
             )  # fmt: skip
-            given = seen if p == 0 else None
-            found = solve_package(job, kind.solve, split, package, network, tell, what, given)
+            if p > 0 or seen is None:
+                seen = collect_package(job, split, package, network, tell, what)
+            found = solve_package(kind.solve, split, package, seen, tell, what)
             found = [_exchanged(row, kind, device) for row in found]
             if state is not None:
                 packed = [{n: kind.pack(one) for n, one in row.items()} for row in found]
@@ -135,23 +136,27 @@ def solve_packages(
     return solved
 
 
+def collect_package(
+    job: Job, split: Split, package: Sequence[Unit], network: Denoiser, tell: Progress, what: str
+) -> Collected:
+    """Collect the statistics of one package along a network; all processes must call this."""
+    widths = {name: n for unit in package for name, n in unit.widths.items()}
+    return collect(job, network, widths, tell, what, split.peak)
+
+
 def solve_package(
-    job: Job,
     solve: Callable[[Sequence[Unit], Collected], Sequence[Mapping[str, Any]]],
     split: Split,
     package: Sequence[Unit],
-    network: Denoiser,
+    statistics: Collected,
     tell: Progress,
     what: str,
-    given: Collected | None = None,
 ) -> Solved:
-    """Collect the statistics of one package along a network, and solve it by `solve`.
+    """Solve one package by `solve`, in runs of units that fit into memory together.
 
     Returns:
         What this process solved of each stage: all of it, where it is alone.
     """
-    widths = {name: n for unit in package for name, n in unit.widths.items()}
-    statistics = collect(job, network, widths, tell, what, split.peak) if given is None else given
     world = World.current()
     runs = split.chunks(package)
     if world.size > 1:  # shares of about equal work, one each

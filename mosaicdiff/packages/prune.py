@@ -21,7 +21,15 @@ from ..statistics.calibration import Calibration
 from ..statistics.calibration_file import made_for
 from ..statistics.collect import Collected, Progress
 from ..statistics.gather import traced_settings, with_extras
-from .engine import Packages, Solved, Split, solve_package, solve_packages, split_job
+from .engine import (
+    Packages,
+    Solved,
+    Split,
+    collect_package,
+    solve_package,
+    solve_packages,
+    split_job,
+)
 from .state import PackageState, code_version
 from .structured import LayerPackages, trace_curves
 from .units import Unit, layer_units
@@ -198,15 +206,13 @@ def _measure(job: Job, split: Split, tell: Progress) -> tuple[Calibration, Colle
     seen: Collected | None = None
 
     def solve(units: Sequence[Unit], statistics: Collected) -> list[dict[str, Any]]:
-        nonlocal seen
-        if len(split.packages) == 1:
-            seen = statistics
         return trace_curves(job, units, statistics)
 
     world = World.current()
     for p, package in enumerate(split.packages):
         what = f"measure package {p + 1} of {len(split.packages)}:"
-        found = solve_package(job, solve, split, package, job.denoiser, tell, what)
+        seen = collect_package(job, split, package, job.denoiser, tell, what)
+        found = solve_package(solve, split, package, seen, tell, what)
         for row, part in zip(curves, found, strict=True):
             row.update(world.merged(part))
     frame = job.frame
@@ -214,4 +220,4 @@ def _measure(job: Job, split: Split, tell: Progress) -> tuple[Calibration, Colle
         frame.division, frame.steps, job.layers, frame.power, [{} for _ in range(stages)],
         curves=curves, traced_with=traced_settings(job.config),
     )  # fmt: skip
-    return with_extras(job, measured), seen
+    return with_extras(job, measured), seen if len(split.packages) == 1 else None
