@@ -119,9 +119,10 @@ def solve_packages(
             what = "calibrate" if len(split.packages) == 1 else (
                 f"package {p + 1} of {len(split.packages)}:"
             )  # fmt: skip
-            if p > 0 or seen is None:
+            if seen is None:
                 seen = collect_package(job, split, package, network, tell, what)
             found = solve_package(kind.solve, split, package, seen, tell, what)
+            seen = None  # freed before the next package's are collected
             found = [_exchanged(row, kind, device) for row in found]
             if state is not None:
                 packed = [{n: kind.pack(one) for n, one in row.items()} for row in found]

@@ -211,6 +211,7 @@ def _measure(job: Job, split: Split, tell: Progress) -> tuple[Calibration, Colle
     world = World.current()
     for p, package in enumerate(split.packages):
         what = f"measure package {p + 1} of {len(split.packages)}:"
+        seen = None  # freed before the next package's are collected
         seen = collect_package(job, split, package, job.denoiser, tell, what)
         found = solve_package(solve, split, package, seen, tell, what)
         for row, part in zip(curves, found, strict=True):
