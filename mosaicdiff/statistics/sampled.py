@@ -42,7 +42,7 @@ class SampledLatents:
     def data(self, job: Job) -> CalibrationSet | None:
         """Return them as clean latents; None before a run."""
         if self._data is None and self.batches:
-            self._data = CalibrationSet(self.batches, job.adapter, job.denoiser)
+            self._data = CalibrationSet(self.batches, job.adapter, job.denoiser, drawn=True)
         return self._data
 
 
