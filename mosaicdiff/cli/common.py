@@ -49,6 +49,11 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
             _fail(str(error), 2, kwargs.get("as_json", False))
         except (RuntimeError, OSError) as error:
             _fail(str(error), 1, kwargs.get("as_json", False))
+        except Exception as error:
+            if not hasattr(error, "batch"):  # then it is ours, and its traceback is wanted
+                raise
+            # What the user's pipeline raises may be of any kind.
+            _fail(str(error), 1, kwargs.get("as_json", False))
 
     return call
 

@@ -158,8 +158,8 @@ def sample_statistics(
 
     Raises:
         Exception: what the pipeline raises in a batch, of the same kind where that can be made
-            from a text (else RuntimeError), with the batch's number. The banks then hold what
-            they held before that batch.
+            from a text (else RuntimeError), with the batch's number, which is its `batch` too.
+            The banks then hold what they held before that batch.
 
     Source: OBS-Diff (arXiv 2510.06751).
     """
@@ -202,7 +202,7 @@ def sample_statistics(
                     bank.restore(before)
                 if not isinstance(error, Exception):
                     raise
-                raise _told(error, number, len(groups)) from error
+                raise with_batch(error, "collect", number, len(groups)) from error
             tell((number + 1) * config.steps, total)
             pictures = len(group) * int(options.get("num_images_per_prompt") or 1)
             wanted = max(_KEPT_ROWS, config.probe_samples)
@@ -235,14 +235,18 @@ def _call(
         pipeline(**{argument: group}, num_inference_steps=steps, generator=generator, **options)
 
 
-def _told(error: Exception, number: int, count: int) -> Exception:
-    """Return an error like this one that says in which batch it happened."""
-    text = f"collect: batch {number + 1} of {count} failed: {type(error).__name__}: {error}"
+def with_batch(error: Exception, where: str, number: int, count: int) -> Exception:
+    """Return an error like this one that says in which batch it happened, as its `batch` does."""
+    text = f"{where}: batch {number + 1} of {count} failed: {type(error).__name__}: {error}"
+    told: Any
     try:
         told = type(error)(text)
     except Exception:
-        return RuntimeError(text)
-    return told if text in str(told) else RuntimeError(text)
+        told = RuntimeError(text)
+    if text not in str(told):
+        told = RuntimeError(text)
+    told.batch = number + 1
+    return told
 
 
 @contextmanager
