@@ -97,10 +97,18 @@ def class_count(pipe: DiffusionPipeline) -> int:
     """Return how many classes a class-conditional pipeline was trained on.
 
     The embedded model has ten, though its table is as long as DiTPipeline's null label demands.
+
+    Raises:
+        ValueError: the pipeline knows no classes.
     """
     _, denoiser = find_denoiser(pipe)
     origin = denoiser.info.source if isinstance(denoiser, StagedDenoiser) else source_name(pipe)
-    return digits.CLASSES if origin == DIGITS else denoiser.config.num_embeds_ada_norm
+    count = getattr(denoiser.config, "num_embeds_ada_norm", None)
+    if count is None:
+        raise ValueError(
+            f"class_count: pipeline must be class-conditional, got {type(pipe).__name__}."
+        )
+    return digits.CLASSES if origin == DIGITS else count
 
 
 def load_calibration(source: str | Path | None, pipe: DiffusionPipeline) -> list[Batch]:
