@@ -53,7 +53,12 @@ def load_pipeline(
             f"(owner/name), got {name!r}, which is none of them."
         )
     try:
-        pipe = DiffusionPipeline.from_pretrained(name, dtype=dtype)
+        # What was saved as left out (a text encoder) is left out again: diffusers wants it said.
+        index = DiffusionPipeline.load_config(name)
+        absent = {
+            key: None for key, value in index.items() if value in ([None, None], (None, None))
+        }
+        pipe = DiffusionPipeline.from_pretrained(name, dtype=dtype, **absent)
     except OSError as error:
         raise ValueError(
             f"load_pipeline: {name!r} could not be loaded as a pipeline: {error}"
@@ -92,10 +97,18 @@ def class_count(pipe: DiffusionPipeline) -> int:
     """Return how many classes a class-conditional pipeline was trained on.
 
     The embedded model has ten, though its table is as long as DiTPipeline's null label demands.
+
+    Raises:
+        ValueError: the pipeline knows no classes.
     """
     _, denoiser = find_denoiser(pipe)
     origin = denoiser.info.source if isinstance(denoiser, StagedDenoiser) else source_name(pipe)
-    return digits.CLASSES if origin == DIGITS else denoiser.config.num_embeds_ada_norm
+    count = getattr(denoiser.config, "num_embeds_ada_norm", None)
+    if count is None:
+        raise ValueError(
+            f"class_count: pipeline must be class-conditional, got {type(pipe).__name__}."
+        )
+    return digits.CLASSES if origin == DIGITS else count
 
 
 def load_calibration(source: str | Path | None, pipe: DiffusionPipeline) -> list[Batch]:

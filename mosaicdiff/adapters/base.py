@@ -69,7 +69,11 @@ class Adapter(ABC):
     def check_inputs(
         self, denoiser: Denoiser, latents: torch.Tensor, inputs: dict[str, Any]
     ) -> None:
-        """Raise ValueError where a calibration batch does not fit the denoiser."""
+        """Raise ValueError where the conditions of a calibration batch do not fit the denoiser.
+
+        Args:
+            latents: as many as the conditions are for; of any size.
+        """
 
     @abstractmethod
     def null_inputs(

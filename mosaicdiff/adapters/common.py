@@ -59,15 +59,6 @@ def check_width(denoiser: Denoiser, layer: PrunableLayer) -> None:
             )
 
 
-def check_latents(latents: torch.Tensor, expected: tuple[int, int, int]) -> None:
-    """Raise ValueError where calibration latents are not (B, *expected)."""
-    if latents.ndim != 4 or tuple(latents.shape[1:]) != expected:
-        raise ValueError(
-            f"calibration: latents must be (B, {', '.join(map(str, expected))}), "
-            f"got {tuple(latents.shape)}. They are VAE latents times its scaling factor."
-        )
-
-
 def feed_forward_layer(name: str, module: Any, features: int, tokens: int) -> PrunableLayer:
     """Describe the neurons of a GELU `FeedForward` that `tokens` tokens of a sample go through."""
     return PrunableLayer(

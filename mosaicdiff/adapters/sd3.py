@@ -13,7 +13,6 @@ from ..pack import BiasOnly, Parts, StageBuilder, dense_parts
 from .base import Adapter
 from .common import (
     bias_parts,
-    check_latents,
     check_plain,
     feed_forward_layer,
     image_tokens,
@@ -134,7 +133,6 @@ class SD3Adapter(Adapter):
     def check_inputs(
         self, denoiser: Denoiser, latents: torch.Tensor, inputs: dict[str, Any]
     ) -> None:
-        check_latents(latents, self.latent_shape(denoiser))
         if set(inputs) not in ({*_CONDITION}, {*_CONDITION, *_NULL}):
             raise ValueError(
                 f"calibration: inputs of an SD3 batch must be {' and '.join(_CONDITION)} and, "

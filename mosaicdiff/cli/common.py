@@ -6,7 +6,7 @@ import functools
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,15 @@ dtype_option = click.option(
 )
 
 
+def pipeline_option(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make the option that hands arguments to the pipeline's call."""
+    return click.option(
+        "--pipeline-option",
+        multiple=True,
+        help=f"{what}, NAME=VALUE in JSON, e.g. height=512; repeatable.",
+    )
+
+
 def examples(*lines: str) -> str:
     """Format an epilog of example calls."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
@@ -48,6 +57,11 @@ def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
         except ValueError as error:
             _fail(str(error), 2, kwargs.get("as_json", False))
         except (RuntimeError, OSError) as error:
+            _fail(str(error), 1, kwargs.get("as_json", False))
+        except Exception as error:
+            if not hasattr(error, "batch"):  # then it is ours, and its traceback is wanted
+                raise
+            # What the user's pipeline raises may be of any kind.
             _fail(str(error), 1, kwargs.get("as_json", False))
 
     return call
@@ -121,6 +135,28 @@ def check_prompts(source: Path | None) -> None:
 
     if source is not None:
         check_prompt_file(source)
+
+
+def parse_pipeline_options(texts: Sequence[str]) -> dict[str, Any]:
+    """Read arguments of a pipeline's call.
+
+    Raises:
+        ValueError: one is no NAME=VALUE in JSON.
+    """
+    return dict(map(_parse_pipeline_option, texts))
+
+
+def _parse_pipeline_option(text: str) -> tuple[str, Any]:
+    name, _, value = text.partition("=")
+    try:
+        if name.strip():
+            return name.strip(), json.loads(value)
+    except json.JSONDecodeError:
+        pass
+    raise ValueError(
+        "--pipeline-option must be NAME=VALUE with a value in JSON (texts in quotes), e.g. "
+        f"height=512 or 'negative_prompt=\"blurry\"', got {text!r}."
+    )
 
 
 def console() -> Console:

@@ -59,7 +59,7 @@ def evaluate(
     dtype: str,
     as_json: bool,
 ) -> None:
-    """Sample MODEL and the dense model it came from with the same noise, and judge both.
+    """Sample a class-conditional MODEL and its dense one with the same noise, and judge both.
 
     Prints parameters, bytes, MACs and time, and the mean squared difference of the pictures. For
     the embedded digits also the share of pictures that a classifier reads as asked, and the
@@ -74,11 +74,18 @@ def evaluate(
     from ..evaluate import DigitsJudge, compare
     from ..runtime import StagedDenoiser
     from ..sources import DIGITS, class_count, find_denoiser, load_pipeline, source_name
+    from ..statistics.prompts import find_condition
     from .plots import check_plot_file, write_comparison_grid
 
     if grid is not None:
         check_plot_file(grid)
     pruned = load_pipeline(model, number, target)
+    if find_condition(type(pruned).__call__) != "class_labels":
+        raise ValueError(
+            f"evaluate: model must be class-conditional, got {model}, a {type(pruned).__name__}: "
+            "both models are sampled class by class. Look at what `mosaicdiff generate --prompt` "
+            "makes of both at one --seed, and at `mosaicdiff bench` for the time."
+        )
     _, denoiser = find_denoiser(pruned)
     if against is None:
         against = denoiser.info.source if isinstance(denoiser, StagedDenoiser) else None

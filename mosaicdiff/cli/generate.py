@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -13,25 +15,42 @@ from .common import (
     examples,
     guarded,
     json_option,
+    parse_pipeline_options,
     pick_device,
     pick_dtype,
+    pipeline_option,
     print_json,
     progress_bar,
 )
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 
 @click.command(
     epilog=examples(
         "mosaicdiff generate out/digits-30 --classes 3,1,4 --output pictures.png",
         "mosaicdiff generate digits --guidance-scale 1.5 --steps 20 --output pictures/",
+        "mosaicdiff generate out/sd3 --prompt 'a cat' --prompt 'a red house' --output pictures/ "
+        "--pipeline-option height=512 --pipeline-option width=512",
     )
 )
 @click.argument("model")
 @click.option("--classes", help="Labels, separated by commas.  [default: all ten digits]")
-@click.option("--prompt", help="Text, for models that are asked in words.")
-@click.option("--steps", default=50, show_default=True)
-@click.option("--guidance-scale", default=1.0, show_default=True, help="1 is without guidance.")
+@click.option(
+    "--prompt",
+    "prompts",
+    multiple=True,
+    help="Text, for models that are asked in words; repeatable, one picture each.",
+)
+@click.option("--steps", type=int, help="[default: 50; of --prompt the pipeline's own]")
+@click.option(
+    "--guidance-scale",
+    type=float,
+    help="1 is without guidance.  [default: 1; of --prompt the pipeline's own]",
+)
 @click.option("--seed", default=0, show_default=True)
+@pipeline_option("Of its call")
 @device_option
 @dtype_option
 @click.option(
@@ -45,49 +64,62 @@ from .common import (
 def generate(
     model: str,
     classes: str | None,
-    prompt: str | None,
-    steps: int,
-    guidance_scale: float,
+    prompts: tuple[str, ...],
+    steps: int | None,
+    guidance_scale: float | None,
     seed: int,
+    pipeline_option: tuple[str, ...],
     device: str,
     dtype: str,
     output: Path,
     as_json: bool,
 ) -> None:
     """Sample pictures from MODEL, dense or pruned: digits, a folder or a Hub id."""
-    check_positive(steps=steps)
-    labels = _parse_classes(classes, prompt)
+    if steps is not None:
+        check_positive(steps=steps)
+    labels = None if classes is None else _parse_classes(classes)
+    if labels is not None and prompts:
+        raise ValueError(
+            f"--classes must be left out with --prompt, got {classes}: a model takes one of them."
+        )
+    more = parse_pipeline_options(pipeline_option)
     single = output.suffix.lower() == ".png"
     if not single and output.is_file():
         raise ValueError(f"--output must be a .png file or a folder, got the file {output}.")
+    parent = next(folder for folder in output.absolute().parents if folder.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"--output must lie in a folder that can be written to, got {output}.")
     target = pick_device(device)
     from PIL import Image
 
     from ..evaluate.sampling import sample_images
-    from ..sources import class_count, load_pipeline
+    from ..sources import load_pipeline
     from .plots import picture_grid
 
     pipe = load_pipeline(model, pick_dtype(dtype, target), target)
-    known = class_count(pipe)
-    if any(not 0 <= label < known for label in labels):
-        raise ValueError(f"--classes must be in 0..{known - 1}, got {classes}.")
-    (output.parent if single else output).mkdir(parents=True, exist_ok=True)
+    conditions = _conditions(pipe, labels, prompts)
+    by_class = isinstance(conditions[0], int)
+    if by_class:
+        steps = 50 if steps is None else steps
+        guidance_scale = 1.0 if guidance_scale is None else guidance_scale
     with progress_bar() as bar:
-        task = bar.add_task("sample", total=len(labels))
+        task = bar.add_task("sample", total=len(conditions))
         images, seconds = sample_images(
             pipe,
-            labels,
+            conditions,
             steps=steps,
             guidance_scale=guidance_scale,
             seed=seed,
+            batch_size=64 if by_class else 1,  # models asked in words are large
+            options=more,
             advance=lambda count: bar.advance(task, count),
         )
+    (output.parent if single else output).mkdir(parents=True, exist_ok=True)
     files = []
-    sheets = (
-        [("", images)]
-        if single
-        else [(f"{i:04d}-class-{label}.png", images[i : i + 1]) for i, label in enumerate(labels)]
-    )
+    sheets = [("", images)]
+    if not single:
+        names = [f"-class-{condition}" if by_class else "" for condition in conditions]
+        sheets = [(f"{i:04d}{name}.png", images[i : i + 1]) for i, name in enumerate(names)]
     for name, sheet in sheets:
         file = output / name if name else output
         Image.fromarray(picture_grid(sheet, columns=min(10, len(sheet)), scale=1).squeeze()).save(
@@ -95,18 +127,45 @@ def generate(
         )
         files.append(str(file))
     if as_json:
-        print_json({"files": files, "classes": labels, "seconds": seconds, "seed": seed})
+        asked = {"classes" if by_class else "prompts": conditions}
+        print_json({"files": files, **asked, "seconds": seconds, "seed": seed})
         return
-    click.echo(f"{len(labels)} pictures in {seconds:.1f} s: {output}")
+    click.echo(f"{len(conditions)} pictures in {seconds:.1f} s: {output}")
 
 
-def _parse_classes(classes: str | None, prompt: str | None) -> list[int]:
-    if prompt is not None:
+def _conditions(
+    pipe: DiffusionPipeline, labels: list[int] | None, prompts: tuple[str, ...]
+) -> list[int] | list[str]:
+    """Return what a pipeline is sampled with; refuse what is meant for the other kind."""
+    from ..sources import class_count
+    from ..statistics.prompts import find_condition
+
+    name = type(pipe).__name__
+    if find_condition(type(pipe).__call__) == "prompt":
+        if labels is not None:
+            raise ValueError(
+                f"--classes must be left out for {name}, which is asked in words, got "
+                f"{','.join(map(str, labels))}. Use --prompt."
+            )
+        if not prompts:
+            raise ValueError(
+                f"--prompt must be given for {name}, which is asked in words, got none. "
+                "Say what is wanted: --prompt 'a cat'."
+            )
+        return list(prompts)
+    if prompts:
         raise ValueError(
-            "--prompt needs a text-conditional model; the models of this version take --classes."
+            f"--prompt must be left out for {name}, which takes no text, got {prompts[0]!r}. "
+            "Use --classes."
         )
-    if classes is None:
-        return list(range(10))
+    known = class_count(pipe)
+    chosen = list(range(10)) if labels is None else labels
+    if any(not 0 <= label < known for label in chosen):
+        raise ValueError(f"--classes must be in 0..{known - 1}, got {','.join(map(str, chosen))}.")
+    return chosen
+
+
+def _parse_classes(classes: str) -> list[int]:
     try:
         return [int(part) for part in classes.split(",")]
     except ValueError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ from ..config_checks import (
 from ..search_config import FITNESSES, GENES, STARTS, WITHIN, SearchConfig
 from ..trajectory.weights import WEIGHTS as STEP_WEIGHTS
 from ..trajectory_config import TrajectoryConfig
+from .common import parse_pipeline_options, pipeline_option
 
 _DEFAULTS = PruneConfig()
 _SEARCH = SearchConfig()
@@ -91,6 +91,7 @@ budget_options = _options(
     ),
 )
 
+
 calibration_options = _options(
     click.option(
         "--stages",
@@ -139,11 +140,7 @@ calibration_options = _options(
         type=float,
         help="Of trajectory.  [default: the pipeline's own]",
     ),
-    click.option(
-        "--pipeline-option",
-        multiple=True,
-        help="Of trajectory, NAME=VALUE in JSON, e.g. height=512; repeatable.",
-    ),
+    pipeline_option("Of trajectory"),
     _number("--samples", "Calibration samples for each stage (or bin)."),
     _number("--batch-size", "Calibration samples at once."),
     _number("--seed", "Of all that is drawn."),
@@ -304,7 +301,7 @@ def read_config(context: click.Context, options: dict[str, Any]) -> PruneConfig:
     if given("timestep_weights"):
         trajectory["weights"] = _parse_step_weights(options["timestep_weights"])
     if given("pipeline_option") and options["pipeline_option"]:
-        more = dict(map(_parse_pipeline_option, options["pipeline_option"]))
+        more = parse_pipeline_options(options["pipeline_option"])
         trajectory["options"] = dict(trajectory.get("options", {})) | more
     return PruneConfig.from_dict(values | {"search": search, "trajectory": trajectory})
 
@@ -343,19 +340,6 @@ def _parse_step_weights(text: str) -> str | tuple[float, ...]:
             f"--timestep-weights must be one of {', '.join(STEP_WEIGHTS)}, or a number for each "
             f"step such as 1,1,0.5,0.5, got {text!r}."
         ) from None
-
-
-def _parse_pipeline_option(text: str) -> tuple[str, Any]:
-    name, _, value = text.partition("=")
-    try:
-        if name.strip():
-            return name.strip(), json.loads(value)
-    except json.JSONDecodeError:
-        pass
-    raise ValueError(
-        "--pipeline-option must be NAME=VALUE with a value in JSON (texts in quotes), e.g. "
-        f"height=512 or 'negative_prompt=\"blurry\"', got {text!r}."
-    )
 
 
 def _parse_layer_share(text: str) -> tuple[str, float | tuple[float, ...]]:

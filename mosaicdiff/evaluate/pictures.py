@@ -14,8 +14,9 @@ _WINDOW, _SIGMA, _K1, _K2 = 11, 1.5, 0.01, 0.03
 
 @torch.no_grad()
 def decode_latents(vae: Any, latents: torch.Tensor) -> torch.Tensor:
-    """Return pictures (B, C, H, W) in [0, 1], float32, of scaled latents."""
-    pictures = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+    """Return pictures (B, C, H, W) in [0, 1], float32, of shifted and scaled latents."""
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+    pictures = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor + shift).sample
     return (pictures.float() / 2 + 0.5).clamp(0, 1)
 
 

@@ -1,12 +1,17 @@
-"""Sample a class-conditional pipeline so that runs can be compared picture by picture."""
+"""Sample a pipeline so that runs can be compared picture by picture."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+
+from ..batch_errors import in_batch
+from ..statistics.prompts import call_options, find_condition
+from ..trajectory_config import TrajectoryConfig
 
 #: Seeds of successive runs are this far apart, so that no two runs share a picture's noise.
 _STRIDE = 1 << 20
@@ -24,35 +29,57 @@ def balanced_labels(count: int, classes: int) -> list[int]:
 
 def sample_images(
     pipe: DiffusionPipeline,
-    labels: Sequence[int],
+    conditions: Sequence[int] | Sequence[str],
     *,
-    steps: int = 50,
-    guidance_scale: float = 1.0,
+    steps: int | None = 50,
+    guidance_scale: float | None = 1.0,
     seed: int = 0,
     batch_size: int = 64,
+    options: Mapping[str, Any] | None = None,
     advance: Callable[[int], None] = lambda images: None,
 ) -> tuple[torch.Tensor, float]:
-    """Sample one picture a label.
+    """Sample one picture a label, or a prompt.
+
+    Args:
+        pipe: class-conditional, or asked in words.
+        conditions: labels for the one, prompts for the other.
+        steps: None is the pipeline's own default, as of
+        guidance_scale: which 1 turns off.
+        seed: of the noise.
+        batch_size: pictures of a call.
+        options: other arguments of the pipeline's call, e.g. height and width.
+        advance: hears of the pictures of each call.
 
     Returns:
         Images (N, C, H, W) in [-1, 1], float32 on the CPU, and the seconds that it took.
 
     Raises:
-        ValueError: there are no labels.
+        ValueError: there are no conditions, or the pipeline takes none, or not such options.
+        Exception: of the pipeline, with the batch's number; see `sample_statistics`.
     """
-    if not labels:
-        raise ValueError("sample_images: labels must name at least one picture, got none.")
+    if not conditions:
+        raise ValueError("sample_images: conditions must name at least one picture, got none.")
+    call = type(pipe).__call__
+    argument = find_condition(call)
+    if argument is None:
+        raise ValueError(
+            "sample_images: pipe must be class-conditional or asked in words, got "
+            f"{type(pipe).__name__}."
+        )
+    asked = TrajectoryConfig(guidance_scale=guidance_scale, options=options or {})
+    given = call_options(call, asked) | {"output_type": "pt"}
+    if steps is not None:
+        given["num_inference_steps"] = steps
     images, seconds = [], 0.0
-    for first in range(0, len(labels), batch_size):
-        chunk = list(labels[first : first + batch_size])
+    for first in range(0, len(conditions), batch_size):
+        chunk = list(conditions[first : first + batch_size])
         started = time.perf_counter()
-        sampled = pipe(
-            class_labels=chunk,
-            guidance_scale=guidance_scale,
-            generator=image_generators(seed, first, len(chunk)),
-            num_inference_steps=steps,
-            output_type="pt",
-        ).images
+        generator = image_generators(seed, first, len(chunk))
+        try:
+            sampled = pipe(**{argument: chunk}, generator=generator, **given).images
+        except Exception as error:
+            count = -(-len(conditions) // batch_size)
+            raise in_batch(error, "sample_images", first // batch_size, count) from error
         images.append(sampled.float().cpu() * 2 - 1)
         seconds += time.perf_counter() - started
         advance(len(chunk))

@@ -30,7 +30,7 @@ from .engine import (
     solve_packages,
     split_job,
 )
-from .state import PackageState, code_version
+from .state import PackageState, begun, code_version
 from .structured import LayerPackages, trace_curves
 from .units import Unit, layer_units
 from .weights import WeightPackages
@@ -117,7 +117,9 @@ def _open_state(job: Job, split: Split, folder: Path | None, resume: bool) -> Pa
             f"prune: resume must name a folder that pruning in packages wrote, got {folder}. "
             "Leave it out to begin."
         )
-    if there and not resume:
+    if there and not resume and not begun(folder):
+        (folder / "state.json").unlink()  # it ended before anything was solved: nothing is lost
+    elif there and not resume:
         raise ValueError(
             f"prune: {folder} holds the packages of a run that was not finished. Go on with it "
             f"(--resume {folder}), or delete it."
@@ -171,7 +173,8 @@ def _decide(
         return Decision(plan, Budget(**kept.pop("budget")), **kept), None
     seen = None
     by_share = config.allocation in ("score", "uniform", "explicit")
-    if by_share and config.budget.unit == "sparsity" and job.measured is None:
+    by_rule = by_share and config.budget.unit == "sparsity" and job.measured is None
+    if by_rule:
         plan = share_plan(job.layers, frame, config, config.budget.value)
         budget = config.budget
         if config.allocation == "explicit":
@@ -185,7 +188,7 @@ def _decide(
         allocator, fitter = make_allocator(job, measured, tell)
         decision = decide(job, allocator, fitter, tell)
     decision = world.from_first(decision)
-    if state is not None:
+    if state is not None and not by_rule:  # a rule is followed again; what was measured is kept
         state.write_plan(
             {
                 "removed": decision.plan.removed,

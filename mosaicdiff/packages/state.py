@@ -133,6 +133,11 @@ def _compare(file: Path, wanted: Mapping[str, Any]) -> None:
     )
 
 
+def begun(folder: Path) -> bool:
+    """Tell whether a state holds more than what it belongs to."""
+    return any(path.name != "state.json" for path in folder.iterdir())
+
+
 def code_version() -> str:
     """Return the version of mosaicdiff and a digest of its sources."""
     from .. import __version__

@@ -41,13 +41,3 @@ def evaluating(denoiser: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def in_batch(error: Exception, number: int, count: int) -> Exception:
-    """Return an error like this one that says in which calibration batch it happened."""
-    text = f"collect: batch {number + 1} of {count} failed: {type(error).__name__}: {error}"
-    try:
-        told = type(error)(text)
-    except Exception:
-        return RuntimeError(text)
-    return told if text in str(told) else RuntimeError(text)

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from ..adapters import Adapter
+from ..batch_errors import in_batch
 from ..config import PruneConfig
 from ..distributed import World
 from ..trajectory.schedule import NoiseSchedule
 from ..trajectory.stages import Stage
 from .bank import HessianBank
-from .capture import capture_inputs, in_batch
+from .capture import capture_inputs
 
 #: Clean latents (B, C, H, W) and the denoiser's other inputs, each with B rows.
 Batch = tuple[torch.Tensor, dict[str, Any]]
@@ -27,14 +28,25 @@ class CalibrationSet:
         batches: latents (B, C, H, W) and a dict of the denoiser's other forward arguments.
         adapter: of the denoiser.
         denoiser: that the batches are meant for.
+        drawn: whether the denoiser's own pipeline drew them: then they may be of any size that it
+            was asked for.
 
     Raises:
         ValueError: there is nothing, or something that is not finite, or of a wrong shape.
     """
 
-    def __init__(self, batches: Iterable[Batch], adapter: Adapter, denoiser: nn.Module) -> None:
+    def __init__(
+        self,
+        batches: Iterable[Batch],
+        adapter: Adapter,
+        denoiser: nn.Module,
+        *,
+        drawn: bool = False,
+    ) -> None:
         latents, inputs = [], []
         for index, (latent, extra) in enumerate(batches):
+            if not drawn:
+                _check_size(latent, adapter.latent_shape(denoiser))
             adapter.check_inputs(denoiser, latent, extra)
             if not torch.isfinite(latent).all():
                 raise ValueError(
@@ -72,6 +84,15 @@ class CalibrationSet:
         for start in range(0, samples, size):
             rows = torch.tensor(order[start : min(start + size, samples)])
             yield self.latents[rows], {key: value[rows] for key, value in self.inputs.items()}
+
+
+def _check_size(latents: torch.Tensor, expected: tuple[int, int, int]) -> None:
+    """Refuse latents that are not (B, *expected)."""
+    if latents.ndim != 4 or tuple(latents.shape[1:]) != expected:
+        raise ValueError(
+            f"calibration: latents must be (B, {', '.join(map(str, expected))}), "
+            f"got {tuple(latents.shape)}. They are VAE latents times its scaling factor."
+        )
 
 
 def add_noise(
@@ -123,7 +144,8 @@ def collect_statistics(
                 try:
                     adapter.predict(runs, noisy, timesteps, inputs)
                 except Exception as error:
-                    raise in_batch(error, index, -(-config.samples // config.batch_size)) from error
+                    count = -(-config.samples // config.batch_size)
+                    raise in_batch(error, "collect", index, count) from error
             advance(len(noisy))
     return bank
 

@@ -56,15 +56,21 @@ def condition_argument(call: Callable[..., Any]) -> str:
     Raises:
         ValueError: it has none that is known.
     """
+    name = find_condition(call)
+    if name is None:
+        parameters = inspect.signature(call).parameters
+        raise ValueError(
+            f"prune: model must be a pipeline that takes {' or '.join(_CONDITIONS)} with "
+            f"activations='trajectory', got one that takes {', '.join(parameters)}. "
+            "Use activations='noised' with clean latents."
+        )
+    return name
+
+
+def find_condition(call: Callable[..., Any]) -> str | None:
+    """Return the argument by which a pipeline's call takes its conditions, if one is known."""
     parameters = inspect.signature(call).parameters
-    for name in _CONDITIONS:
-        if name in parameters:
-            return name
-    raise ValueError(
-        f"prune: model must be a pipeline that takes {' or '.join(_CONDITIONS)} with "
-        f"activations='trajectory', got one that takes {', '.join(parameters)}. "
-        "Use activations='noised' with clean latents."
-    )
+    return next((name for name in _CONDITIONS if name in parameters), None)
 
 
 def call_options(call: Callable[..., Any], config: TrajectoryConfig) -> dict[str, Any]:

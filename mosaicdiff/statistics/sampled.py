@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..batch_errors import in_batch
 from ..distributed import World
 from ..groups import Denoiser
 from ..trajectory.clock import StageClock
 from ..trajectory.weights import step_weights
 from .bank import BankSnapshot, HessianBank
-from .capture import capture_inputs, in_batch
+from .capture import capture_inputs
 from .noising import Batch, CalibrationSet
 from .prompts import call_options
 
@@ -42,7 +43,7 @@ class SampledLatents:
     def data(self, job: Job) -> CalibrationSet | None:
         """Return them as clean latents; None before a run."""
         if self._data is None and self.batches:
-            self._data = CalibrationSet(self.batches, job.adapter, job.denoiser)
+            self._data = CalibrationSet(self.batches, job.adapter, job.denoiser, drawn=True)
         return self._data
 
 
@@ -158,8 +159,8 @@ def sample_statistics(
 
     Raises:
         Exception: what the pipeline raises in a batch, of the same kind where that can be made
-            from a text (else RuntimeError), with the batch's number. The banks then hold what
-            they held before that batch.
+            from a text (else RuntimeError), with the batch's number, which is its `batch` too.
+            The banks then hold what they held before that batch.
 
     Source: OBS-Diff (arXiv 2510.06751).
     """
@@ -202,7 +203,7 @@ def sample_statistics(
                     bank.restore(before)
                 if not isinstance(error, Exception):
                     raise
-                raise in_batch(error, number, len(groups)) from error
+                raise in_batch(error, "collect", number, len(groups)) from error
             tell((number + 1) * config.steps, total)
             pictures = len(group) * int(options.get("num_images_per_prompt") or 1)
             wanted = max(_KEPT_ROWS, config.probe_samples)

@@ -216,3 +216,14 @@ def sample_sd3(pipeline, steps: int = 8, guidance: float = 1.0, **options):
         output_type="np",
         **options,
     ).images
+
+
+@pytest.fixture(scope="session")
+def tiny_sd3_folder(tmp_path_factory) -> Path:
+    """A whole tiny SD3.5 pipeline on disk, with text encoders and tokenizers of its own."""
+    pytest.importorskip("transformers", reason="diffusers' SD3 pipeline needs transformers")
+    from .text_models import whole_sd3
+
+    place = tmp_path_factory.mktemp("tiny-sd3")
+    whole_sd3(tiny_sd3_pipeline(tiny_sd3(layers=4)), place).save_pretrained(place / "model")
+    return place / "model"

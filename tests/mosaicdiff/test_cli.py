@@ -303,7 +303,7 @@ def test_images_by_class_calibrate(tmp_path):
             ("generate", "digits", "--classes", "3,12", "--output", "x.png"),
             "must be in 0..9, got 3,12",
         ),
-        (("generate", "digits", "--prompt", "a cat", "--output", "x.png"), "--prompt needs"),
+        (("generate", "digits", "--prompt", "a cat", "--output", "x.png"), "which takes no text"),
         (("generate", "digits", "--steps", "0", "--output", "x.png"), "--steps must be at least 1"),
         (("evaluate", "digits"), "--against must name the dense model"),
         (("bench", "digits"), "must be pruned, but it is dense"),
