@@ -46,6 +46,7 @@ INPUTS = {
     "log_increase": {"trajectory": replace(ALONG, weights="log_increase")},
     "wide log_decrease": {"trajectory": replace(ALONG, weight_range=(0.2, 1.8))},
     "noised inputs": {"activations": "noised"},
+    "3 stages alike, trajectory": {"stages": 3},
     "3 stages by score, noised": {
         "activations": "noised", "stages": 3, "allocation": "score", "max_sparsity": 0.95,
     },
