@@ -59,6 +59,11 @@ bench: build
 	$(BIN)/python -m benchmarks.bench_allocation table
 	$(BIN)/python -m benchmarks.bench_allocation stages
 	$(BIN)/python -m benchmarks.bench_allocation sweep
+	$(BIN)/python -m benchmarks.bench_obsdiff table
+	$(BIN)/python -m benchmarks.bench_obsdiff inputs
+	$(BIN)/python -m benchmarks.bench_obsdiff packages
+	$(BIN)/python -m benchmarks.bench_obsdiff memory
+	$(BIN)/python -m benchmarks.bench_obsdiff student
 	$(BIN)/python -m benchmarks.bench_speed
 	$(BIN)/python -m benchmarks.bench_hessian
 	$(BIN)/python -m benchmarks.bench_cholesky

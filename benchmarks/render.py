@@ -7,7 +7,7 @@ import argparse
 import statistics
 from pathlib import Path
 
-from benchmarks import render_allocation
+from benchmarks import render_allocation, render_obsdiff
 from benchmarks.rows import RESULTS, read_rows
 
 ROOT = Path(__file__).parent.parent
@@ -224,6 +224,10 @@ def main() -> None:
         ("goal", render_allocation.goal_table()),
         ("allocation", render_allocation.allocation_table()),
         ("stages", render_allocation.stages_table()),
+        ("criteria", render_obsdiff.criteria_table()),
+        ("inputs", render_obsdiff.variants_table("inputs")),
+        ("packages", render_obsdiff.packages_table()),
+        ("student", render_obsdiff.variants_table("student")),
         ("headline", headline_table()),
         ("factors", factor_table()),
         ("cap", cap_table()),
@@ -235,6 +239,7 @@ def main() -> None:
     README.write_text(text)
     draw_quality(FIGURES / "quality.png")
     render_allocation.draw_front(FIGURES / "front.png")
+    render_obsdiff.draw_criteria(FIGURES / "criteria.png")
 
 
 if __name__ == "__main__":

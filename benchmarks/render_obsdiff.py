@@ -1,6 +1,7 @@
 """Tables of `bench_obsdiff`, for `render`."""
 
 import statistics
+from pathlib import Path
 
 from benchmarks.render_allocation import mean_of
 from benchmarks.rows import RESULTS, read_rows
@@ -133,3 +134,47 @@ def seeds_of(part: str) -> int:
         key = tuple(row[name] for name in ("variant", "granularity", "sparsity", "criterion"))
         groups.setdefault(key, []).append(row)
     return min(map(_seeds, groups.values()))
+
+
+#: Label, colour and line of each criterion that is drawn.
+DRAWN = {
+    "obs": ("OBS, compensated", "#C44E52", "o-"),
+    "dsnot": ("DSnoT", "#DD8452", "s--"),
+    "wanda": ("Wanda", "#55A868", "v:"),
+    "magnitude": ("magnitude", "#8172B3", "D:"),
+}
+
+
+def draw_criteria(path: Path) -> None:
+    """Draw distance over sparsity by criterion, groups beside single weights; means of seeds."""
+    from matplotlib.figure import Figure
+
+    rows = rows_of("table")
+    dense = mean_of([row for row in rows if row["variant"] == "dense"], "frechet")
+    figure = Figure(figsize=(9, 4.0), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    titles = {"structured": "heads and FFN neurons", "unstructured": "single weights"}
+    for axis, (granularity, title) in zip(axes, titles.items(), strict=True):
+        for criterion, (label, colour, style) in DRAWN.items():
+            groups: dict[float, list[float]] = {}
+            for row in rows:
+                if row["granularity"] == granularity and row["criterion"] == criterion:
+                    groups.setdefault(float(row["sparsity"]), []).append(float(row["frechet"]))
+            if not groups:
+                continue
+            x = sorted(groups)
+            percent = [100 * s for s in x]
+            means = [statistics.mean(groups[s]) for s in x]
+            axis.plot(percent, means, style, color=colour, ms=5, label=label)
+            axis.fill_between(
+                percent, [min(groups[s]) for s in x], [max(groups[s]) for s in x],
+                color=colour, alpha=0.12, lw=0,
+            )  # fmt: skip
+        axis.axhline(dense, color="black", lw=1, label="dense")
+        axis.set_yscale("log")
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("removed (%)")
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("Frechet distance to the data")
+    axes[1].legend(fontsize=8)
+    figure.savefig(path, dpi=130)

@@ -60,8 +60,8 @@ def dry_run(
         return
     if packages:
         console().print(
-            f"{packages['count']} packages, each of at most {human_bytes(packages['bytes'])} "
-            "beside the model and its activations",
+            f"{packages['count']} package{'s' if packages['count'] > 1 else ''} of at most "
+            f"{human_bytes(packages['bytes'])} beside the model and its activations",
             highlight=False,
         )
     if final is not None:
