@@ -31,12 +31,13 @@ def test_dry_run_prints_every_part(tmp_path):
         "--tool racecheck",
         *(
             f"benchmarks.bench_{name} --device cuda"
-            for name in ("hessian", "cholesky", "sweep", "prune")
+            for name in ("hessian", "cholesky", "sweep", "joint", "prune")
         ),
     ):
         assert expected in done.stdout
     summary = done.stdout.split("== summary\n")[1].splitlines()
-    names = ["build", "test", "kernels", "sanitize", "hessian", "cholesky", "sweep", "prune"]
+    names = ["build", "test", "kernels", "sanitize"]
+    names += ["hessian", "cholesky", "sweep", "joint", "prune"]
     assert [line.split(":")[0] for line in summary] == names
     assert not out.exists()
 
@@ -47,6 +48,7 @@ def test_parts_are_chosen_by_name():
         "== hessian",
         "== cholesky",
         "== sweep",
+        "== joint",
         "== prune",
         "== summary",
     ]
