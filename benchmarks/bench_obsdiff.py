@@ -38,6 +38,7 @@ PATTERNS = ("2:4", "4:8", "1:4")
 ALONG = TrajectoryConfig(samples=64, batch_size=32, guidance_scale=1.0)
 #: OBS-Diff's setting, as far as `digits` has it.
 BASE = PruneConfig(activations="trajectory", trajectory=ALONG, stages=1, allocation="uniform")
+NOISED = {"activations": "noised", "trajectory": TrajectoryConfig()}
 
 #: What changes beside the setting, by name, in the part `inputs`.
 INPUTS = {
@@ -45,10 +46,10 @@ INPUTS = {
     "uniform weights": {"trajectory": replace(ALONG, weights="uniform")},
     "log_increase": {"trajectory": replace(ALONG, weights="log_increase")},
     "wide log_decrease": {"trajectory": replace(ALONG, weight_range=(0.2, 1.8))},
-    "noised inputs": {"activations": "noised"},
+    "noised inputs": NOISED,
     "3 stages alike, trajectory": {"stages": 3},
     "3 stages by score, noised": {
-        "activations": "noised", "stages": 3, "allocation": "score", "max_sparsity": 0.95,
+        **NOISED, "stages": 3, "allocation": "score", "max_sparsity": 0.95,
     },
     "3 stages by score, trajectory": {"stages": 3, "allocation": "score", "max_sparsity": 0.95},
     "3 stages by score, trajectory, uniform weights": {
@@ -60,7 +61,7 @@ STUDENT_INPUTS = {
     "own 4 steps": {"steps": 4},
     "own 4 steps, uniform weights": {"steps": 4, "trajectory": replace(ALONG, weights="uniform")},
     "50-step trajectory": {"steps": 50},
-    "noised over all timesteps": {"steps": 4, "activations": "noised"},
+    "noised over all timesteps": {"steps": 4, **NOISED},
 }
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from .allocation.budget import UNITS
 from .checks import require_choices, require_whole_numbers
 from .granularity import parse_pattern
+from .trajectory_config import TrajectoryConfig
 
 if TYPE_CHECKING:
     from .config import PruneConfig
@@ -29,6 +30,7 @@ def check_config(config: PruneConfig) -> None:
     """
     _check_budget(config)
     _check_choices(config)
+    _check_activations(config)
     _check_weights(config)
     _check_packages(config)
     _check_shares(config)
@@ -90,6 +92,15 @@ def _check_choices(config: PruneConfig) -> None:
     if config.choice != "separate" and config.criterion == "random":
         raise ValueError(
             f"PruneConfig: criterion must not be random with choice {config.choice!r}."
+        )
+
+
+def _check_activations(config: PruneConfig) -> None:
+    if config.activations == "noised" and config.trajectory != TrajectoryConfig():
+        raise ValueError(
+            "PruneConfig: trajectory must be left out with activations 'noised', which samples "
+            f"nothing, got {config.trajectory.to_dict(config.steps)}. Ask for activations "
+            "'trajectory' (--activations trajectory)."
         )
 
 

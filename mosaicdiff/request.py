@@ -190,7 +190,7 @@ def _read_prompts(
         if prompts is not None:
             raise ValueError(
                 "prune: prompts must be left out with activations='noised', which sees noised "
-                f"latents, got {prompts!r:.60}. Ask for activations='trajectory' "
+                f"latents, got {str(prompts):.60}. Ask for activations='trajectory' "
                 "(--activations trajectory)."
             )
         return None

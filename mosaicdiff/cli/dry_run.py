@@ -79,7 +79,7 @@ def dry_run(
             "gives is decided by the calibration (see mosaicdiff calibrate, and --from)",
             highlight=False,
         )
-    if cost is None:
+    if cost is None or packages:
         return
     console().print(
         f"memory for Hessians {human_bytes(cost['hessian_bytes'])} at once and "

@@ -173,16 +173,20 @@ def _print_report(report: PruneReport, config: PruneConfig, output: Path) -> Non
             f"{decision.allocation} allocation, {decision.budget} asked, {reached} reached{found}",
             highlight=False,
         )
-    if report.packages is not None and report.packages.count > 1:
+    packages = report.packages
+    if packages is not None and (packages.count > 1 or packages.memory is not None):
         out.print(
-            f"{report.packages.count} packages, at most "
-            f"{human_bytes(report.packages.accumulator_bytes)} of sums at a time",
+            f"{packages.count} package{'s' if packages.count > 1 else ''}, at most "
+            f"{human_bytes(packages.accumulator_bytes)} of sums at a time",
             highlight=False,
         )
     if report.of_weights:
+        linears = len({row.name for stage in report.stages for row in stage.weights})
         out.print(
-            f"{report.sparsity:.2%} of the weights of the blocks' linears are zero; layers keep "
-            f"their shapes, so that dense time stays\n"
+            f"{config.budget.value:.2%} of the weights of {linears} linears asked (where "
+            f"--layer-sparsity says nothing else); {report.sparsity:.2%} of those of all linears "
+            "of the blocks are zero\n"
+            "layers keep their shapes, so that dense time stays\n"
             f"{human_bytes(report.bytes_dense)} -> {human_bytes(report.bytes)} on disk\n"
             f"wrote {output} in {report.seconds:.1f} s",
             highlight=False,

@@ -78,7 +78,8 @@ budget_options = _options(
     click.option(
         "--sparsity",
         help="Budget: share of the prunable MACs to remove, mean over the sampling steps: 0.3 or "
-        "30%.  [default: 30%]",
+        "30%. Where single weights go: of the weights of every linear that is chosen.  "
+        "[default: 30%]",
     ),
     click.option("--macs", help="Budget: of one image, all steps: 0.6x of the dense, or 3.9T."),
     click.option("--params", help="Budget: in the checkpoint, all stages: 0.8x, or 450M."),
@@ -216,7 +217,8 @@ package_options = _options(
     ),
     click.option(
         "--memory",
-        help="What a package may take beside the model and its activations: 20GiB.",
+        help="What a package may take beside the model and its activations: 20GiB. Of --packages "
+        "auto; a number of packages that does not fit is refused.",
     ),
     click.option(
         "--resume",

@@ -93,4 +93,4 @@ def _gib(count: int) -> str:
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{-(-count * 100 // size) / 100:.2f}{unit}"
-    return f"{count}"
+    return f"{count}B"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -174,7 +174,8 @@ def sample_statistics(
     weights = step_weights(trajectory.weights, config.steps, trajectory.weight_range)
     groups = list(job.prompts.batches(trajectory.samples, trajectory.batch_size))
     total = len(groups) * config.steps
-    kept: list[Batch] = []
+    wanted = max(_KEPT_ROWS, config.probe_samples)
+    kept: dict[str, Batch] = {}  # by number: processes exchange them
     snapshot: list[BankSnapshot] | None = None
     with ExitStack() as stack:
         clock = _SamplerClock(job.frame.division)
@@ -206,11 +207,19 @@ def sample_statistics(
                 raise in_batch(error, "collect", number, len(groups)) from error
             tell((number + 1) * config.steps, total)
             pictures = len(group) * int(options.get("num_images_per_prompt") or 1)
-            wanted = max(_KEPT_ROWS, config.probe_samples)
             outcome = watch.outcome(pictures)
-            if outcome is not None and sum(len(batch[0]) for batch in kept) < wanted:
-                kept.append(outcome)
-    return kept
+            if outcome is not None and _rows(kept.values()) < wanted:
+                kept[str(number)] = outcome
+    # All processes must measure on what one alone would have kept.
+    drawn: list[Batch] = []
+    for _, batch in sorted(world.merged(kept).items(), key=lambda item: int(item[0])):
+        if _rows(drawn) < wanted:
+            drawn.append(batch)
+    return drawn
+
+
+def _rows(batches: Iterable[Batch]) -> int:
+    return sum(len(latents) for latents, _ in batches)
 
 
 def _snapshots(

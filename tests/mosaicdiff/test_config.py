@@ -42,6 +42,7 @@ def test_round_trip_through_json(config):
         ({"compensation": "full"}, "compensation must be one of plain, affine, none"),
         ({"allocation": "best"}, "allocation must be one of score, uniform, optimal, evolutionary"),
         ({"stages": 0}, "stages must be a whole number of at least 1"),
+        ({"trajectory": {"samples": 3}}, "trajectory must be left out with activations 'noised'"),
         ({"boundaries": (5, 5)}, "boundaries must be distinct"),
         ({"boundaries": (0,)}, "boundaries must be distinct whole timesteps of at least 1"),
         ({"threshold": 1.0}, r"threshold must be in \(0, 1\)"),

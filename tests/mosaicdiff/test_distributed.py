@@ -31,8 +31,8 @@ def options(tiny, output, *more):
 CASES = {
     "layers": (),
     "weights": ("--granularity", "unstructured", "--stages", "3", "--allocation", "score"),
-    "along": ("--activations", "trajectory", "--trajectories", "6", "--trajectory-batch", "2",
-              "--allocation", "uniform"),
+    "along": ("--activations", "trajectory", "--trajectories", "6", "--trajectory-batch", "2"),
+    "one batch": ("--activations", "trajectory", "--trajectories", "2", "--packages", "1"),
 }  # fmt: skip
 
 

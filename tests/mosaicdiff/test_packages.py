@@ -168,7 +168,8 @@ def test_choices_across_stages_hold_in_packages(choice):
 def test_the_sums_stay_under_the_memory_that_is_allowed(stages, activations):
     config = PruneConfig(
         sparsity=0.4, packages=6, samples=32, steps=6, stages=stages, allocation="uniform",
-        activations=activations, trajectory={"samples": 4, "batch_size": 2},
+        activations=activations,
+        trajectory={"samples": 4, "batch_size": 2} if activations == "trajectory" else {},
     )  # fmt: skip
 
     def taken(config):
