@@ -21,13 +21,28 @@ def _cell(rows: list[dict[str, str]]) -> str:
     return f"{mean_of(rows, 'frechet'):.2f} / {error} / {mean_of(rows, 'accuracy'):.1%}"
 
 
-def _seeds(rows: list[dict[str, str]]) -> int:
-    return len({row["seed"] for row in rows})
-
-
 def _dense(part: str) -> str:
     rows = [row for row in rows_of(part) if row["variant"] == "dense"]
     return f"{mean_of(rows, 'frechet'):.2f} / 0 / {mean_of(rows, 'accuracy'):.1%}"
+
+
+def _column(row: dict[str, str]) -> tuple[str, float]:
+    return row["granularity"], float(row["sparsity"])
+
+
+def _line(label: str, rows: list[dict[str, str]], columns: list[tuple[str, float]]) -> str:
+    """Write one line of a table: the rows of each column in a cell."""
+    cells = [_cell([row for row in rows if _column(row) == column]) for column in columns]
+    return f"| {label} | {' | '.join(cells)} |"
+
+
+def _head(label: str, heads: list[str], part: str) -> list[str]:
+    """Write a table's head, and the dense model's line."""
+    return [
+        f"| {label} | " + " | ".join(heads) + " |",
+        "|---|" + "---|" * len(heads),
+        f"| dense | {_dense(part)} |" + " |" * (len(heads) - 1),
+    ]
 
 
 def criteria_table() -> str:
@@ -37,103 +52,55 @@ def criteria_table() -> str:
     for granularities in (("structured",), ("unstructured", *PATTERNS)):
         here = [row for row in rows if row["granularity"] in granularities]
         columns = sorted(
-            {(row["granularity"], float(row["sparsity"])) for row in here},
+            {_column(row) for row in here},
             key=lambda column: (granularities.index(column[0]), column[1]),
         )
         heads = [f"{s:.0%}" if name not in PATTERNS else name for name, s in columns]
-        lines += [
-            f"| {granularities[0]} | " + " | ".join(heads) + " |",
-            "|---|" + "---|" * len(heads),
-            f"| dense | {_dense('table')} |" + " |" * (len(heads) - 1),
-        ]
+        lines += _head(granularities[0], heads, "table")
         for criterion in dict.fromkeys(row["criterion"] for row in here):
-            cells = [
-                _cell(
-                    [
-                        row
-                        for row in here
-                        if row["criterion"] == criterion
-                        and (row["granularity"], float(row["sparsity"])) == column
-                    ]
-                )
-                for column in columns
-            ]
-            lines.append(f"| {criterion} | {' | '.join(cells)} |")
+            found = [row for row in here if row["criterion"] == criterion]
+            lines.append(_line(criterion, found, columns))
         lines.append("")
     return "\n".join(lines).rstrip()
 
 
+def _variants(part: str) -> tuple[dict[str, list[dict[str, str]]], list[tuple[str, float]]]:
+    """Return the rows of each variant of a part, and the columns that they fill."""
+    rows = [row for row in rows_of(part) if row["variant"] != "dense"]
+    groups: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        groups.setdefault(row["variant"], []).append(row)
+    return groups, list(dict.fromkeys(map(_column, rows)))
+
+
 def variants_table(part: str) -> str:
     """One line a variant, one column a granularity and sparsity."""
-    rows = [row for row in rows_of(part) if row["variant"] != "dense"]
-    columns = list(dict.fromkeys((row["granularity"], float(row["sparsity"])) for row in rows))
-    lines = [
-        "| | " + " | ".join(f"{name}, {s:.0%}" for name, s in columns) + " |",
-        "|---|" + "---|" * len(columns),
-        f"| dense | {_dense(part)} |" + " |" * (len(columns) - 1),
-    ]
-    for variant in dict.fromkeys(row["variant"] for row in rows):
-        cells = [
-            _cell(
-                [
-                    row
-                    for row in rows
-                    if row["variant"] == variant
-                    and (row["granularity"], float(row["sparsity"])) == column
-                ]
-            )
-            for column in columns
-        ]
-        lines.append(f"| {variant} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    groups, columns = _variants(part)
+    lines = _head("", [f"{name}, {s:.0%}" for name, s in columns], part)
+    return "\n".join([*lines, *(_line(name, rows, columns) for name, rows in groups.items())])
 
 
 def packages_table() -> str:
     """Quality on `digits` beside the time and memory of a wider model, by number of packages."""
-    rows, wide = rows_of("packages"), {row["variant"]: row for row in rows_of("memory")}
-    columns = list(
-        dict.fromkeys(
-            (row["granularity"], float(row["sparsity"]))
-            for row in rows
-            if row["variant"] != "dense"
-        )
-    )
-    lines = [
-        "| | " + " | ".join(f"digits, {name}, {s:.0%}" for name, s in columns)
-        + " | time, digits | sums, digits | time, DiT-B/4 | sums | process |",
-        "|---|" + "---|" * (len(columns) + 5),
-    ]  # fmt: skip
-    for variant in dict.fromkeys(row["variant"] for row in rows if row["variant"] != "dense"):
-        here = [row for row in rows if row["variant"] == variant]
-        cells = [
-            _cell([r for r in here if (r["granularity"], float(r["sparsity"])) == column])
-            for column in columns
-        ]
-        first = [row for row in here if row["granularity"] == "structured"]
+    groups, columns = _variants("packages")
+    wide = {row["variant"]: row for row in rows_of("memory")}
+    heads = [f"digits, {name}, {s:.0%}" for name, s in columns]
+    heads += ["time, digits", "sums, digits", "time, DiT-B/4", "sums", "process"]
+    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
+    for variant, rows in groups.items():
+        first = [row for row in rows if row["granularity"] == "structured"]
         seconds = statistics.median(float(row["prune_seconds"]) for row in first)
-        cells += [f"{seconds:.1f} s", _megabytes(first[0]["accumulator_bytes"])]
+        cells = [f"{seconds:.1f} s", _megabytes(first[0]["accumulator_bytes"])]
         if variant in wide:
             row = wide[variant]
-            cells += [
-                f"{float(row['prune_seconds']):.0f} s",
-                _megabytes(row["accumulator_bytes"]),
-                _megabytes(row["peak_bytes"]),
-            ]
-        lines.append(f"| {variant} | {' | '.join(cells)} |")
+            cells.append(f"{float(row['prune_seconds']):.0f} s")
+            cells += [_megabytes(row[name]) for name in ("accumulator_bytes", "peak_bytes")]
+        lines.append(f"{_line(variant, rows, columns)} {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def _megabytes(text: str) -> str:
     return f"{float(text) / 1e6:.3g} MB"
-
-
-def seeds_of(part: str) -> int:
-    """Return how many seeds every row of a part has, at least."""
-    groups: dict[tuple, list[dict[str, str]]] = {}
-    for row in rows_of(part):
-        key = tuple(row[name] for name in ("variant", "granularity", "sparsity", "criterion"))
-        groups.setdefault(key, []).append(row)
-    return min(map(_seeds, groups.values()))
 
 
 #: Label, colour and line of each criterion that is drawn.
