@@ -76,7 +76,7 @@ def _variants(part: str) -> tuple[dict[str, list[dict[str, str]]], list[tuple[st
 def variants_table(part: str) -> str:
     """One line a variant, one column a granularity and sparsity."""
     groups, columns = _variants(part)
-    lines = _head("", [f"{name}, {s:.0%}" for name, s in columns], part)
+    lines = _head("calibration", [f"{name}, {s:.0%}" for name, s in columns], part)
     return "\n".join([*lines, *(_line(name, rows, columns) for name, rows in groups.items())])
 
 
@@ -86,7 +86,7 @@ def packages_table() -> str:
     wide = {row["variant"]: row for row in rows_of("memory")}
     heads = [f"digits, {name}, {s:.0%}" for name, s in columns]
     heads += ["time, digits", "sums, digits", "time, DiT-B/4", "sums", "process"]
-    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
+    lines = ["| packages | " + " | ".join(heads) + " |", "|---|" + "---|" * len(heads)]
     for variant, rows in groups.items():
         first = [row for row in rows if row["granularity"] == "structured"]
         seconds = statistics.median(float(row["prune_seconds"]) for row in first)
@@ -100,7 +100,8 @@ def packages_table() -> str:
 
 
 def _megabytes(text: str) -> str:
-    return f"{float(text) / 1e6:.3g} MB"
+    count = float(text) / 1e6
+    return f"{count:.0f} MB" if count >= 100 else f"{count:.3g} MB"
 
 
 #: Label, colour and line of each criterion that is drawn.
