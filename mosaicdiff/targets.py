@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .adapters import Adapter
-from .allocation.planning import Frame, layer_shares, stage_give
-from .allocation.shares import stage_shares
+from .allocation.planning import Frame, layer_shares, shares_of_stages
 from .config import PruneConfig
 from .granularity import parse_pattern
 from .groups import Denoiser, WeightTarget
@@ -51,17 +50,6 @@ def target_shares(
     Raises:
         ValueError: the sparsity cannot be met under the cap, or shares do not fit the stages.
     """
-    stages = len(frame.division)
-    if config.allocation == "explicit":
-        shares = list(config.stage_sparsity or ())
-        if len(shares) != stages:
-            raise ValueError(
-                f"prune: stage_sparsity must have one share for each of {stages} stages "
-                f"({', '.join(stage.name for stage in frame.division.stages)}), got {len(shares)}."
-            )
-    else:
-        shares = stage_shares(
-            stage_give(frame, config), frame.steps, config.budget.value, config.max_sparsity
-        )
+    shares = shares_of_stages(frame, config, config.budget.value, config.max_sparsity)
     names = [target.name for target in targets]
-    return [layer_shares(names, share, k, stages, config) for k, share in enumerate(shares)]
+    return [layer_shares(names, share, k, len(shares), config) for k, share in enumerate(shares)]

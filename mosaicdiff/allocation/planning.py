@@ -148,7 +148,7 @@ def share_plan(
         ValueError: the sparsity cannot be met under the cap, or explicit shares do not fit the
             stages or layers.
     """
-    shares = _stage_shares(layers, frame, config, sparsity)
+    shares = shares_of_stages(frame, config, sparsity, _most_of_stage(layers, config))
     ladders = [allowed_levels(layer, config) for layer in layers]
     names = [layer.name for layer in layers]
     removed = tuple(
@@ -164,7 +164,7 @@ def share_plan(
 
 def most_sparsity(layers: Sequence[PrunableLayer], frame: Frame, config: PruneConfig) -> float:
     """Return the largest sparsity that `score` or `uniform` can reach."""
-    give = np.asarray(stage_give(frame, config)) > 0
+    give = np.asarray(_stage_give(frame, config)) > 0
     weight = np.asarray(frame.steps, dtype=float) / sum(frame.steps)
     return float((weight * give).sum()) * _most_of_stage(layers, config)
 
@@ -230,9 +230,15 @@ def step_scores(
     return np.interp(visited, schedule.log_snr[order], score[order]) / score.max()
 
 
-def _stage_shares(
-    layers: Sequence[PrunableLayer], frame: Frame, config: PruneConfig, sparsity: float
-) -> list[float]:
+def shares_of_stages(frame: Frame, config: PruneConfig, sparsity: float, cap: float) -> list[float]:
+    """Return the share that each stage gives up: stated, by its score, or all alike.
+
+    Args:
+        cap: the most that one stage may give.
+
+    Raises:
+        ValueError: the sparsity cannot be met under the cap, or there is not one share a stage.
+    """
     division = frame.division
     if config.allocation == "explicit":
         given = config.stage_sparsity or ()
@@ -242,11 +248,10 @@ def _stage_shares(
                 f"({', '.join(stage.name for stage in division.stages)}), got {len(given)}."
             )
         return list(given)
-    cap = _most_of_stage(layers, config)
-    return stage_shares(stage_give(frame, config), frame.steps, sparsity, cap)
+    return stage_shares(_stage_give(frame, config), frame.steps, sparsity, cap)
 
 
-def stage_give(frame: Frame, config: PruneConfig) -> list[float]:
+def _stage_give(frame: Frame, config: PruneConfig) -> list[float]:
     """Return what each stage gives up, up to a common factor: by its score, or all alike."""
     if config.allocation == "uniform" or len(frame.division) == 1:
         return [1.0] * len(frame.division)

@@ -35,8 +35,7 @@ def gather(job: Job, tell: Progress) -> Calibration:
         statistics=statistics,
         weighted=job.config.activations == "trajectory",
     )
-    with evaluating(job.denoiser):
-        return with_extras(job, measured)
+    return with_extras(job, measured)
 
 
 def clean_data(job: Job, purpose: str) -> CalibrationSet:
@@ -80,10 +79,11 @@ def with_extras(job: Job, measured: Calibration) -> Calibration:
         job.denoiser, job.adapter, job.layers, frame.division.stages, frame.schedule,
         clean_data(job, "weights of errors"), drawn,
     )  # fmt: skip
-    if weighs:
-        measured = replace(measured, weights=_weights(job, arguments))
-    if ranks:
-        measured = replace(measured, changes=measure_changes(*arguments))
+    with evaluating(job.denoiser):  # in training a denoiser may drop labels at random
+        if weighs:
+            measured = replace(measured, weights=_weights(job, arguments))
+        if ranks:
+            measured = replace(measured, changes=measure_changes(*arguments))
     return measured
 
 
