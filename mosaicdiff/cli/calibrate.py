@@ -23,7 +23,7 @@ from .common import (
     print_json,
     told_progress,
 )
-from .request_options import calibration_options, read_config
+from .request_options import calibration_options, component_option, read_config
 
 
 @click.command(
@@ -38,6 +38,7 @@ from .request_options import calibration_options, read_config
 @click.argument("model")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="New file.")
 @calibration_options
+@component_option
 @device_option
 @dtype_option
 @click.option("--overwrite", is_flag=True, help="Replace a file that is there.")
@@ -71,7 +72,10 @@ def calibrate(context: click.Context, as_json: bool, **options: Any) -> None:
     from ..statistics.calibration_file import save_calibration, stated_bytes
 
     pipe = load_pipeline(options["model"], dtype, device)
-    job = prepare(pipe, config, None, options["calibration"], prompts=options["prompts"])
+    job = prepare(
+        pipe, config, None, options["calibration"], prompts=options["prompts"],
+        component=options["component"],
+    )  # fmt: skip
     stated = stated_bytes(job.layers, len(job.frame.division), traced=config.stage_count != "auto")
     values = {
         "output": str(output),
