@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from ..checkpoint import assemble, check_config
 from ..runtime import StagedDenoiser
-from .plan import is_pruned, read_plan, unpack_kept
+from .plan import read_plan, unpack_kept
 
 
 def load_single_file(
@@ -65,6 +65,3 @@ def _stored(
         else torch.cat([part for _, part in sorted(rows, key=lambda one: one[0])])
         for stored, rows in found.items()
     }  # fmt: skip
-
-
-__all__ = ["is_pruned", "load_single_file", "read_plan"]

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.loaders.single_file_utils import SingleFileComponentError
+from diffusers.loaders.single_file_utils import (
+    SingleFileComponentError,
+    is_clip_model_in_single_file,
+    is_t5_in_single_file,
+)
 
 from ..adapters import adapter_for_class
 from ..groups import Denoiser
@@ -24,7 +30,7 @@ _OTHERS = (*_VAE, "cond_stage_model.", "conditioner.", "text_encoders.")
 
 def load_single_file_pipeline(
     path: str | Path,
-    config: str | Path | None,
+    config: str | Path | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     **components: Any,
@@ -36,7 +42,7 @@ def load_single_file_pipeline(
     Args:
         path: the `.safetensors`.
         config: folder or Hub id of the pipeline in diffusers' layout: its configurations, and the
-            weights that the file lacks.
+            weights that the file lacks. A pruned file may say itself.
         dtype: of the weights.
         device: where they go.
         components: to take as they are, by their names in the pipeline; None leaves one out.
@@ -46,6 +52,8 @@ def load_single_file_pipeline(
     """
     file = Path(path)
     names = read_header(file)[0]
+    if config is None and is_pruned(file):
+        config = read_plan(file)["pipeline"]
     if config is None:
         raise ValueError(
             "load_single_file_pipeline: config must be a folder or a Hub id, got None: a single "
@@ -67,9 +75,7 @@ def load_single_file_pipeline(
     held = any(other.startswith(_OTHERS) for other in names)
     try:
         if held:
-            if "vae" in index and "vae" not in given and not any(n.startswith(_VAE) for n in names):
-                vae = getattr(diffusers, index["vae"][1])
-                given["vae"] = vae.from_pretrained(place, subfolder="vae", dtype=dtype)
+            given |= _lacking(index, given, names, place, dtype)
             made = getattr(diffusers, index["_class_name"]).from_single_file(
                 str(file), config=place, dtype=dtype, **given
             )
@@ -83,6 +89,40 @@ def load_single_file_pipeline(
     made.register_to_config(_name_or_path=str(file))
     made.set_progress_bar_config(disable=True)
     return made.to(device)
+
+
+def _lacking(
+    index: dict[str, Any],
+    given: Mapping[str, Any],
+    names: Collection[str],
+    place: str,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Load the VAE and the text encoders that a file does not hold; diffusers looks nowhere else.
+
+    Raises:
+        OSError: they are not in `place` either.
+    """
+    found = {}
+    for name, value in index.items():
+        if name in given or not isinstance(value, (list, tuple)):
+            continue
+        library, class_name = value
+        if name == "vae":
+            held = any(other.startswith(_VAE) for other in names)
+        elif library == "transformers" and name.startswith("text_encoder"):
+            kind = getattr(importlib.import_module(library), class_name)
+            held = (
+                is_clip_model_in_single_file(kind, dict.fromkeys(names))
+                if "CLIP" in class_name
+                else is_t5_in_single_file(dict.fromkeys(names))
+            )
+        else:
+            continue
+        if not held:
+            kind = getattr(importlib.import_module(library), class_name)
+            found[name] = kind.from_pretrained(place, subfolder=name, dtype=dtype)
+    return found
 
 
 def _denoiser_of(index: dict[str, Any]) -> tuple[str, str]:

@@ -39,7 +39,12 @@ class _Part:
 
 
 def save_single_file(
-    staged: StagedDenoiser, path: str | Path, *, source: str | Path, overwrite: bool = False
+    staged: StagedDenoiser,
+    path: str | Path,
+    *,
+    source: str | Path,
+    config: str | Path | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Write a pruned denoiser as one `.safetensors` in the layout of the file it was pruned from.
 
@@ -51,13 +56,15 @@ def save_single_file(
         staged: what `prune` returned.
         path: the new file, `.safetensors`.
         source: the dense file that the model was loaded from.
+        config: folder or Hub id that `load_single_file_pipeline` takes the rest of the pipeline
+            from where it is given none; noted in the file.
         overwrite: replace `path` where it is there.
 
     Raises:
         ValueError: `path` exists, or `source` is not the file of this model.
     """
     target, origin = Path(path), Path(source)
-    _check_target(target, overwrite)
+    check_target(target, overwrite)
     layout = check_source(origin, staged.info.base_class, staged.info.base_config)
     tensors, storage, aliases = storage_of(staged)
     kept = {name: tensors.pop(name) for name in list(tensors) if name.startswith("kept.")}
@@ -70,6 +77,7 @@ def save_single_file(
         "kept": {name: pack_kept(of, groups[name.split(".", 2)[2]]) for name, of in kept.items()},
         "tensors": {name: _written(of, tensors) for name, of in parts.items()},
         "report": staged.info.report,
+        "pipeline": _place(config),
     }
     with safe_open(origin, framework="pt") as file:
         made: dict[str, torch.Tensor] = {}
@@ -114,7 +122,12 @@ def check_source(path: Path, base_class: str, base_config: dict[str, Any]) -> La
     return layout
 
 
-def _check_target(path: Path, overwrite: bool) -> None:
+def check_target(path: Path, overwrite: bool) -> None:
+    """Refuse a path that no single file can be written to.
+
+    Raises:
+        ValueError: it is a folder, has another suffix, or is there and may not be replaced.
+    """
     if path.suffix != ".safetensors":
         raise ValueError(f"save_single_file: path must end in .safetensors, got {path}.")
     if path.is_dir():
@@ -124,6 +137,13 @@ def _check_target(path: Path, overwrite: bool) -> None:
             f"save_single_file: path must be new, but {path} is there. Choose another name, or "
             "pass overwrite=True (--overwrite) to replace it."
         )
+
+
+def _place(config: str | Path | None) -> str | None:
+    """Return a Hub id as it is, and a folder so that it is found from elsewhere."""
+    if config is None:
+        return None
+    return str(Path(config).absolute()) if Path(config).is_dir() else str(config)
 
 
 def _arrange(layout: Layout, tensors: dict[str, torch.Tensor]) -> dict[str, list[_Part]]:

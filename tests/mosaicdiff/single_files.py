@@ -72,7 +72,11 @@ def sd3_tensors(state: dict[str, torch.Tensor], prefix: str = "model.diffusion_m
 def flux_tensors(state: dict[str, torch.Tensor], prefix: str = "") -> dict:
     """Black Forest Labs' layout of FLUX.1: q, k, v and the MLP of a single block in one."""
     state, out = dict(state), {}
-    renamed = {"context_embedder": "txt_in", "x_embedder": "img_in", "proj_out": "final_layer.linear"}
+    renamed = {
+        "context_embedder": "txt_in",
+        "x_embedder": "img_in",
+        "proj_out": "final_layer.linear",
+    }
     for ours, theirs in (
         ("timestep_embedder", "time_in"), ("text_embedder", "vector_in"),
         ("guidance_embedder", "guidance_in"),
@@ -82,8 +86,10 @@ def flux_tensors(state: dict[str, torch.Tensor], prefix: str = "") -> dict:
     fused = {}
     for i in {int(k.split(".")[1]) for k in state if k.startswith("transformer_blocks.")}:
         ours = f"transformer_blocks.{i}"
-        for stream, suffix, added in (("img", "", ("to_q", "to_k", "to_v")),
-                                      ("txt", "_context", ("add_q_proj", "add_k_proj", "add_v_proj"))):  # fmt: skip
+        for stream, suffix, added in (
+            ("img", "", ("to_q", "to_k", "to_v")),
+            ("txt", "_context", ("add_q_proj", "add_k_proj", "add_v_proj")),
+        ):
             theirs = f"double_blocks.{i}.{stream}"
             fused[f"{theirs}_attn.qkv"] = [f"{ours}.attn.{name}" for name in added]
             renamed[f"{ours}.norm1{suffix}.linear"] = f"{theirs}_mod.lin"
@@ -170,3 +176,29 @@ def write_single_file(path: Path, tensors: dict, others: bool = True, **metadata
         extra["other.position_ids"] = torch.arange(5)
     save_file(tensors | extra, path, metadata={"modelspec.title": "tiny"} | metadata)
     return path
+
+
+def vae_tensors(state: dict[str, torch.Tensor], prefix: str = "first_stage_model.") -> dict:
+    """The LDM layout of AutoencoderKL: levels of the decoder counted down, attention as
+    convolutions."""
+    levels = 1 + max(int(k.split(".")[2]) for k in state if k.startswith("decoder.up_blocks."))
+    attention = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out": "proj_out"}
+    out = {}
+    for name, tensor in state.items():
+        bits = name.split(".")
+        if "mid_block" in bits:
+            if "resnets" in bits:
+                name = ".".join([bits[0], "mid", f"block_{int(bits[3]) + 1}", *bits[4:]])
+            else:
+                name = ".".join([bits[0], "mid", "attn_1", attention[bits[4]], bits[-1]])
+                if tensor.ndim == 2:
+                    tensor = tensor[:, :, None, None]
+        elif "down_blocks" in bits or "up_blocks" in bits:
+            way = bits[1].removesuffix("_blocks")
+            level = int(bits[2]) if way == "down" else levels - 1 - int(bits[2])
+            kind = ["block", bits[4]] if bits[3] == "resnets" else [f"{way}sample"]
+            rest = ["nin_shortcut" if b == "conv_shortcut" else b for b in bits[5:]]
+            name = ".".join([bits[0], way, str(level), *kind, *rest])
+        out[prefix + name.replace("conv_norm_out", "norm_out")] = tensor.contiguous()
+    assert len(out) == len(state)
+    return out

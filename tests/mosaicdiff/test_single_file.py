@@ -63,7 +63,9 @@ def test_saved_and_loaded_is_the_same(source, staged, tmp_path):
     assert back.info.report == staged.info.report
     assert back.info.steps == staged.info.steps
     for ours, theirs in zip(staged.info.kept, back.info.kept, strict=True):
-        assert {k: v.tolist() for k, v in ours.items()} == {k: v.tolist() for k, v in theirs.items()}
+        assert {k: v.tolist() for k, v in ours.items()} == {
+            k: v.tolist() for k, v in theirs.items()
+        }
 
 
 def test_the_rest_of_the_file_is_untouched(source, staged, tmp_path):
@@ -76,7 +78,7 @@ def test_the_rest_of_the_file_is_untouched(source, staged, tmp_path):
 
 
 def test_one_network_is_the_published_layout_with_smaller_shapes(source, tmp_path):
-    staged = prune(tiny_sd3(), stages=1, least_heads=1, least_neurons=4)
+    staged = prune(tiny_sd3(), stages=1, sparsity=0.3, least_heads=1, least_neurons=4)
     path = tmp_path / "pruned.safetensors"
     save_single_file(staged, path, source=source)
     before, after = load_file(source), load_file(path)

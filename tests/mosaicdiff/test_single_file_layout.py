@@ -149,6 +149,16 @@ def halves(checkpoint):
     return checkpoint["one"].chunk(2)
 
 
+def made_by(change):
+    """A conversion into a and b, each the change of one half."""
+
+    def convert(checkpoint, **_):
+        first, second = halves(checkpoint)
+        return {"a": change(first), "b": change(second)}
+
+    return convert
+
+
 @pytest.mark.parametrize(
     "convert, message",
     [
@@ -158,23 +168,23 @@ def halves(checkpoint):
             "a and b are made of the same|b and a are made of the same",
         ),
         (
-            lambda checkpoint, **_: dict(zip("ab", (x.flip(1) for x in halves(checkpoint)))),
+            made_by(lambda x: x.flip(1)),
             "must only move rows, but a",
         ),
         (
-            lambda checkpoint, **_: dict(zip("ab", (x * 2 for x in halves(checkpoint)))),
+            made_by(lambda x: x * 2),
             "must only move rows, but a",
         ),
         (
-            lambda checkpoint, **_: dict(zip("ab", (x + 1.5 for x in halves(checkpoint)))),
+            made_by(lambda x: x + 1.5),
             "must only move rows, but a",
         ),
         (
-            lambda checkpoint, **_: dict(zip("ab", (x.T for x in halves(checkpoint)))),
+            made_by(lambda x: x.T),
             "must only move rows, but a",
         ),
         (
-            lambda checkpoint, **_: dict(zip("ab", (x[:3] for x in halves(checkpoint)))),
+            made_by(lambda x: x[:3]),
             r"a of \(4, 6\) is \(3,\) there",
         ),
         (
