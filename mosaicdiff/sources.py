@@ -16,6 +16,7 @@ from . import digits
 from .adapters import Adapter, adapter_for_class
 from .groups import Denoiser
 from .runtime import StagedDenoiser
+from .single_file import load_single_file_pipeline
 from .statistics.noising import Batch
 
 #: Name of the embedded model, wherever a model is asked for.
@@ -27,14 +28,31 @@ _CHUNK = 64
 
 
 def load_pipeline(
-    model: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    model: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    config: str | Path | None = None,
 ) -> DiffusionPipeline:
-    """Load `digits`, a local diffusers folder or a Hub id, dense or staged.
+    """Load `digits`, a local diffusers folder, a Hub id or a single file, dense or staged.
+
+    Args:
+        model: which.
+        dtype: of the weights.
+        device: where they go.
+        config: of a single file, folder or Hub id of its pipeline; see
+            `load_single_file_pipeline`.
 
     Raises:
         ValueError: there is no such model, or the folder holds no pipeline.
     """
     path = digits.MODEL_FOLDER if str(model) == DIGITS else Path(model)
+    if path.suffix == ".safetensors":
+        return load_single_file_pipeline(path, config, dtype, device)
+    if config is not None:
+        raise ValueError(
+            f"load_pipeline: config must be left out but for a single file (.safetensors), got "
+            f"{str(config)!r} for {str(model)!r}, which has its own."
+        )
     if (path / "config.json").is_file() and not (path / "model_index.json").is_file():
         raise ValueError(
             f"load_pipeline: {path} must be a whole pipeline, but it is a single model. "
