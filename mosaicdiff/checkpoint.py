@@ -70,6 +70,7 @@ def config_of(
             for stage, steps in zip(info.division.stages, info.steps, strict=True)
         ],
         "boundaries": list(info.division.boundaries),
+        "timesteps": {"naming": info.division.naming, "total": info.division.total},
         "storage": storage,
         "aliases": aliases,
         "prune_config": info.prune_config,
@@ -311,6 +312,8 @@ def assemble(
         division=Division(
             tuple(Stage(s["name"], s["first"], s["last"]) for s in config["stages"]),
             tuple(config["boundaries"]),
+            # Older files leave it to the family how timesteps are called.
+            **config.get("timesteps", {"naming": "sigma" if adapter.sigma_scale else "number"}),
         ),
         layers=layers,
         kept=kept,
