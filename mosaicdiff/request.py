@@ -200,10 +200,9 @@ def _partner(pipeline: DiffusionPipeline | None, part: Component) -> Denoiser | 
 
 def sampling_of(adapter: Adapter, denoiser: Denoiser) -> Sampling:
     """Return how the pipelines of a family start their sampler, at the denoiser's own size."""
-    tokens = getattr(adapter, "tokens", None)
     return Sampling(
-        None if tokens is None else tokens(denoiser)["image"],
-        getattr(adapter, "passes_sigmas", False),
+        adapter.tokens(denoiser)["image"],
+        adapter.passes_sigmas,
         adapter.denoiser_class == "Flux2Transformer2DModel",
     )
 

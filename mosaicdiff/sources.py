@@ -17,6 +17,7 @@ from . import digits
 from .adapters import Adapter, adapter_for_class
 from .groups import Denoiser
 from .runtime import StagedDenoiser
+from .single_file import load_single_file_pipeline
 from .statistics.noising import Batch
 from .trajectory.span import Span
 
@@ -30,14 +31,31 @@ _CHUNK = 64
 
 
 def load_pipeline(
-    model: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    model: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    config: str | Path | None = None,
 ) -> DiffusionPipeline:
-    """Load `digits`, a local diffusers folder or a Hub id, dense or staged.
+    """Load `digits`, a local diffusers folder, a Hub id or a single file, dense or staged.
+
+    Args:
+        model: which.
+        dtype: of the weights.
+        device: where they go.
+        config: of a single file, folder or Hub id of its pipeline; see
+            `load_single_file_pipeline`.
 
     Raises:
         ValueError: there is no such model, or the folder holds no pipeline.
     """
     path = digits.MODEL_FOLDER if str(model) == DIGITS else Path(model)
+    if path.suffix == ".safetensors":
+        return load_single_file_pipeline(path, config, dtype, device)
+    if config is not None:
+        raise ValueError(
+            f"load_pipeline: config must be left out but for a single file (.safetensors), got "
+            f"{str(config)!r} for {str(model)!r}, which has its own."
+        )
     if (path / "config.json").is_file() and not (path / "model_index.json").is_file():
         raise ValueError(
             f"load_pipeline: {path} must be a whole pipeline, but it is a single model. "
@@ -182,13 +200,14 @@ def load_calibration(source: str | Path | None, pipe: DiffusionPipeline) -> list
         ValueError: the source is missing, of another kind, or holds nothing.
     """
     adapter = adapter_for_class(_denoiser_class(pipe))
-    by_class = "labels" in adapter.condition
+    names = [c.file_name for c in adapter.conditions if not c.optional]
+    by_class = "labels" in names
     folder = ", or a folder of images with a sub-folder for each class"
     if source is None:
         if source_name(pipe) != DIGITS:
             raise ValueError(
                 "calibration: a source must be given for this model, got none. Name a .npz or "
-                f".safetensors file with latents and {' and '.join(adapter.condition)}"
+                f".safetensors file with latents and {' and '.join(names)}"
                 f"{folder if by_class else ''}."
             )
         images, labels = digits.load_images()
@@ -198,7 +217,7 @@ def load_calibration(source: str | Path | None, pipe: DiffusionPipeline) -> list
         if not by_class:
             raise ValueError(
                 f"calibration: {path} must be a .npz or .safetensors file with latents and "
-                f"{' and '.join(adapter.condition)}, but it is a folder: images alone do not say "
+                f"{' and '.join(names)}, but it is a folder: images alone do not say "
                 "what they are conditioned on."
             )
         return list(_encode_folder(pipe, path))
@@ -225,24 +244,29 @@ def _latent_file(path: Path, adapter: Adapter) -> Batch:
             held = load_file(path)
     except Exception as error:
         raise ValueError(f"calibration: {path} could not be read: {error}") from None
-    if not {"latents", *adapter.condition} <= set(held):
-        needed = " and ".join(f"{name!r}" for name in ("latents", *adapter.condition))
+    names = ["latents", *(c.file_name for c in adapter.conditions if not c.optional)]
+    if not set(names) <= set(held):
+        needed = " and ".join(f"{name!r}" for name in names)
         raise ValueError(f"calibration: {path} must hold {needed}, got {sorted(held)}.")
     latents = held["latents"].float()
     inputs = {}
-    for name, argument in (adapter.condition | adapter.optional_condition).items():
-        if name not in held:
-            continue
-        value = held[name]
-        if name == "labels":
-            if value.is_floating_point():
-                raise ValueError(
-                    f"calibration: labels in {path} must be whole numbers, got {value.dtype}."
-                )
-            value = value.long()
-        elif name in adapter.optional_condition and len(value) == 1:
-            value = value.expand(len(latents), *value.shape[1:])
-        inputs[argument] = value
+    for condition in adapter.conditions:
+        for name, argument in (
+            (condition.file_name, condition.name),
+            (condition.negative, condition.negative),
+        ):
+            if name not in held:
+                continue
+            value = held[name]
+            if condition.whole_numbers:
+                if value.is_floating_point():
+                    raise ValueError(
+                        f"calibration: {name} in {path} must be whole numbers, got {value.dtype}."
+                    )
+                value = value.long()
+            if name == condition.negative and len(value) == 1:
+                value = value.expand(len(latents), *value.shape[1:])
+            inputs[argument] = value
     return latents, inputs
 
 

@@ -86,9 +86,9 @@ class CalibrationSet:
             yield self.latents[rows], {key: value[rows] for key, value in self.inputs.items()}
 
 
-def _check_size(latents: torch.Tensor, expected: tuple[int, int, int]) -> None:
+def _check_size(latents: torch.Tensor, expected: tuple[int, ...]) -> None:
     """Refuse latents that are not (B, *expected)."""
-    if latents.ndim != 4 or tuple(latents.shape[1:]) != expected:
+    if tuple(latents.shape[1:]) != expected:
         raise ValueError(
             f"calibration: latents must be (B, {', '.join(map(str, expected))}), "
             f"got {tuple(latents.shape)}. They are VAE latents times its scaling factor."
