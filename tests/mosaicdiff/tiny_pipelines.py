@@ -363,7 +363,6 @@ PIPELINES: dict[str, TinyPipeline] = {
     ),
     "qwen-image": TinyPipeline(
         qwen_image,
-        settle,
         (flow_dynamic, flow_euler),
         {**_SMALL, "max_sequence_length": 8, "negative_prompt": "b", "true_cfg_scale": 3.0},
     ),
