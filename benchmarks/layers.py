@@ -66,7 +66,8 @@ def embedded_layers(samples: int = 256, stages: int = 3) -> list[Layer]:
     result = []
     for stage, statistics in zip(measured.division.stages, measured.statistics, strict=True):
         for layer in measured.layers:
-            weight = denoiser.get_submodule(layer.readers[0]).weight.detach()
-            h = statistics[layer.readers[0]].unpack(weight.device).hessian
-            result.append(Layer(f"{stage.name}: {layer.readers[0]}", weight, h, layer.width))
+            reader = layer.readers[0]
+            weight = reader.of_weight(denoiser.get_submodule(reader.module).weight.detach())
+            h = statistics[reader.name].unpack(weight.device).hessian
+            result.append(Layer(f"{stage.name}: {reader.name}", weight, h, layer.width))
     return result

@@ -14,13 +14,14 @@ from torch import nn
 
 from .adapters import adapter_for_class
 from .files import current_umask, whole_folder, write_text
-from .groups import PrunableLayer
+from .groups import Piece, PrunableLayer
 from .masked_storage import MASKED, masked_parameters, read_masked, store_masked
-from .pack import Parts, narrow_parts
-from .runtime import LayerState, MaskedState, StagedDenoiser, StageInfo, StageState
+from .pack import LayerState, LeadingColumns, Parts, StandIn
+from .runtime import MaskedState, StagedDenoiser, StageInfo, StageState
+from .surgery import Surgeon
 from .trajectory.stages import Division, Stage
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CONFIG = "config.json"
 REPORT = "report.json"
 
@@ -82,7 +83,8 @@ def storage_of(
         ValueError: the stages no longer share what was not pruned, or a masked weight is not
             zero where it should be.
     """
-    stages, info, adapter = list(staged.stage_models), staged.info, staged.adapter
+    stages, info = list(staged.stage_models), staged.info
+    surgeon = Surgeon(staged.adapter, info.layers)
     masked = masked_parameters(info)
     tensors = _shared_tensors(stages, info.layers, masked)
     aliases: dict[str, str] = {}
@@ -92,14 +94,15 @@ def storage_of(
         for k, groups in enumerate(kept):
             if len(groups) < layer.groups:
                 tensors[f"kept.{k}.{layer.name}"] = groups.to(torch.int32)
-        parts = [adapter.parts(stage, layer) for stage in stages]
-        for name in layer.parameters:
-            if name in masked:
+        parts = [surgeon.parts(stage, layer, info.kept[k]) for k, stage in enumerate(stages)]
+        for piece in layer.pieces:
+            name = piece.name
+            if piece.parameter in masked:
                 continue
             held = [(k, part[name]) for k, part in enumerate(parts) if name in part]
             if not held:
                 continue
-            union = _union(layer, name, held, kept)
+            union = _union(layer, piece, held, kept)
             if union is not None:
                 storage[name] = "union"
                 tensors[f"union.{name}"] = union
@@ -113,23 +116,21 @@ def _shared_tensors(
     stages: list[nn.Module], layers: tuple[PrunableLayer, ...], masked: tuple[str, ...]
 ) -> dict[str, torch.Tensor]:
     """Collect what no layer's width and no mask touches; it must be one tensor in all stages."""
-    prefixes = tuple(f"{layer.name}." for layer in layers)
-    states = [
-        {
-            k: v
-            for k, v in stage.state_dict().items()
-            if not k.startswith(prefixes) and k not in masked
-        }
-        for stage in stages
-    ]
-    for state in states[1:]:
-        for name, tensor in state.items():
-            if tensor.data_ptr() != states[0][name].data_ptr():
+    own = {piece.parameter for layer in layers for piece in layer.pieces} | set(masked)
+    shared: dict[str, torch.Tensor] = {}
+    for stage in stages:
+        # What stands for a layer, or goes around its norm, holds the layer's own.
+        ours = (LeadingColumns, StandIn)
+        inside = tuple(f"{n}." for n, m in stage.named_modules() if isinstance(m, ours))
+        for name, tensor in stage.state_dict().items():
+            if name in own or name.startswith(inside):
+                continue
+            if tensor.data_ptr() != shared.setdefault(name, tensor).data_ptr():
                 raise ValueError(
                     f"save_pretrained: {name} must be shared by all stages, but they hold "
                     "different tensors. Was a stage moved or trained alone?"
                 )
-    return {f"shared.{name}": tensor.contiguous() for name, tensor in states[0].items()}
+    return {f"shared.{name}": tensor.contiguous() for name, tensor in shared.items()}
 
 
 def _kept(info: StageInfo, stage: int, layer: PrunableLayer) -> torch.Tensor:
@@ -142,22 +143,23 @@ def _union_groups(kept: list[torch.Tensor]) -> torch.Tensor:
 
 def _union(
     layer: PrunableLayer,
-    name: str,
+    piece: Piece,
     held: list[tuple[int, torch.Tensor]],
     kept: list[torch.Tensor],
 ) -> torch.Tensor | None:
     """Merge the stages' slices of a parameter; None where they disagree on a common group."""
-    dim = layer.axis(name)
-    if dim is None:
+    dim = piece.axis
+    if dim is None or piece.whole:
         first = held[0][1]
         return first if all(torch.equal(first, t) for _, t in held[1:]) else None
     groups = _union_groups([kept[k] for k, _ in held])
     shape = list(held[0][1].shape)
-    shape[dim] = len(groups) * layer.width
+    shape[dim] = len(groups) * layer.width * len(piece.starts)
     merged = held[0][1].new_empty(shape)
     places = []
     for k, tensor in held:
-        place = layer.columns(torch.searchsorted(groups, kept[k])).to(tensor.device)
+        mine = torch.searchsorted(groups, kept[k])
+        place = layer.indices(piece, mine, shape[dim]).to(tensor.device)
         merged.index_copy_(dim, place, tensor)
         places.append((place, tensor))
     if all(torch.equal(merged.index_select(dim, place), t) for place, t in places):
@@ -348,11 +350,46 @@ def _fill_base(
     for layer in info.layers:
         whole = [k for k in range(len(info.kept)) if layer.name not in info.kept[k]]
         if whole:
-            for name in layer.parameters:
-                if config["storage"].get(name, MASKED) != MASKED:
-                    state[name] = _stored(name, whole[0], config, tensors)
+            for piece in layer.pieces:
+                if config["storage"].get(piece.name, MASKED) != MASKED:
+                    stored = _stored(piece.name, whole[0], config, tensors)
+                    _put_piece(base, state, layer, piece, stored)
     base.load_state_dict(state, strict=False, assign=True)
     base.requires_grad_(False)
+
+
+def _left_out(
+    stage: int,
+    piece: Piece,
+    kept: torch.Tensor,
+    config: dict[str, Any],
+    tensors: dict[str, torch.Tensor],
+) -> bool:
+    """Tell whether a stage without groups of a layer holds none of a piece."""
+    own = f"stage.{stage}.{piece.name}"
+    apart = config["storage"][piece.name] != "union"
+    nothing = len(kept) == 0 and piece.axis is not None
+    return nothing and apart and config["aliases"].get(own, own) not in tensors
+
+
+def _put_piece(
+    base: nn.Module,
+    state: dict[str, torch.Tensor],
+    layer: PrunableLayer,
+    piece: Piece,
+    stored: torch.Tensor,
+) -> None:
+    """Put what a stage keeps whole of a layer into the state of the base."""
+    if not piece.partial or piece.axis is None:
+        state[piece.parameter] = stored
+        return
+    if piece.parameter not in state:  # of a packed linear, some of it may be nobody's
+        dense = base.get_parameter(piece.parameter)
+        state[piece.parameter] = stored.new_zeros(dense.shape)
+    run = layer.columns_of_groups
+    for number, start in enumerate(piece.starts):
+        target = state[piece.parameter].narrow(piece.axis, start, run)
+        target.copy_(stored.narrow(piece.axis, number * run, run))
 
 
 def _stored(
@@ -375,20 +412,20 @@ def _layer_state(
 ) -> LayerState:
     kept = info.kept[stage][layer.name]
     parts: Parts = {}
-    for name in layer.parameters:
-        if name not in config["storage"]:
-            continue
-        bias_only = len(kept) == 0 and layer.axis(name) is not None
-        if bias_only:
+    for piece in layer.pieces:
+        name = piece.name
+        if name not in config["storage"] or _left_out(stage, piece, kept, config, tensors):
             continue
         tensor = _stored(name, stage, config, tensors)
-        if config["storage"][name] == "union" and layer.axis(name) is not None:
+        if piece.whole:
+            tensor = layer.narrow(piece, tensor, kept)
+        elif config["storage"][name] == "union" and piece.axis is not None:
             holders = [
                 _kept(info, k, layer)
                 for k in range(len(info.kept))
                 if len(_kept(info, k, layer)) > 0
             ]
             place = torch.searchsorted(_union_groups(holders), kept)
-            tensor = narrow_parts({name: tensor}, layer, place)[name]
+            tensor = layer.narrow(piece, tensor, place)
         parts[name] = tensor
     return LayerState(kept, parts)

@@ -9,7 +9,7 @@ import torch
 
 from .adapters import Adapter
 from .config import PruneConfig
-from .groups import Denoiser, PrunableLayer, reader_widths
+from .groups import Denoiser, PrunableLayer, input_widths
 from .statistics.bank import HessianBank
 from .statistics.calibration import packed_bytes
 
@@ -41,13 +41,11 @@ def estimate_cost(
     hessian = elimination = 0.0
     for layer in layers:
         n, readers = layer.groups * layer.width, len(layer.readers)
-        m = sum(denoiser.get_submodule(name).out_features for name in layer.readers)
-        # A group's cost is tokens * width * (m of each reader + inputs of each writer).
-        tokens = layer.cost / (layer.width * m * (len(layer.writers) / readers + 1)) * readers
-        hessian += samples * tokens * n * (n + 1)
+        m = sum(denoiser.get_submodule(r.module).weight.shape[0] for r in layer.readers)
+        hessian += samples * layer.tokens * n * (n + 1)
         # Inverse 5/3 n^3, G = W^T W, and panels of about 4 n^3 for a trajectory to its end.
         elimination += stages * (readers * (5 / 3 + 4) * n**3 + 2.0 * m * n**2)
-    widths = reader_widths(layers)
+    widths = input_widths(layers)
     widest = max(widths.values())
     batch = sum(1 for n in widths.values() if n == widest)
     return {

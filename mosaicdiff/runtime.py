@@ -13,17 +13,10 @@ from torch import nn
 
 from .adapters import Adapter, adapter_for_class
 from .groups import Macs, PrunableLayer
-from .pack import Parts, StageBuilder, make_linear
+from .pack import LayerState, make_linear
+from .surgery import Surgeon
 from .trajectory.clock import StageClock
 from .trajectory.stages import Division
-
-
-@dataclass(frozen=True)
-class LayerState:
-    """What one stage keeps of one layer: group indices (int64, CPU, sorted) and its tensors."""
-
-    kept: torch.Tensor
-    parts: Parts
 
 
 @dataclass(frozen=True)
@@ -101,15 +94,14 @@ class StagedDenoiser(ModelMixin, ConfigMixin):
         adapter = adapter_for_class(info.base_class)
         stages, masks = [], []
         linears: dict[tuple[str, int], nn.Module] = {}
+        surgeon = Surgeon(adapter, info.layers)
         states = list(states)  # held, so that no two tensors have one identity
         for state in states:
-            builder = StageBuilder(base)
+            smaller = {n: s for n, s in state.items() if isinstance(s, LayerState)}
             for layer in info.layers:
-                layer_state = state.get(layer.name)
-                if isinstance(layer_state, LayerState):
+                if layer.name in smaller:
                     _refuse_masked(layer, state)
-                    adapter.replace(builder, layer, layer_state.parts, len(layer_state.kept))
-            adapter.simplify(builder)
+            builder = surgeon.build(base, smaller)
             masked = {n: s for n, s in state.items() if isinstance(s, MaskedState)}
             for name, masked_state in masked.items():
                 key = (name, id(masked_state.weight))
@@ -227,7 +219,7 @@ class StagedDenoiser(ModelMixin, ConfigMixin):
 
 
 def _refuse_masked(layer: PrunableLayer, state: StageState) -> None:
-    for name in (*layer.writers, *layer.readers):
+    for name in layer.modules:
         if name in state:
             raise ValueError(
                 f"StagedDenoiser: {name} must not be masked where {layer.name} shrinks, got both. "

@@ -1,15 +1,12 @@
-"""What the adapters of transformers share."""
+"""What adapters share: checks of a denoiser's state, and counts."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
-import torch
 from torch import nn
 
 from ..groups import Denoiser, PrunableLayer
-from ..pack import Parts, StageBuilder, make_linear
 
 
 def check_plain(denoiser: Denoiser, layers: Iterable[PrunableLayer]) -> None:
@@ -31,65 +28,47 @@ def check_plain(denoiser: Denoiser, layers: Iterable[PrunableLayer]) -> None:
                 "Fuse it into the weights or unload it first."
             )
     for layer in layers:
-        for linear in (*layer.writers, *layer.readers):
-            kind = type(denoiser.get_submodule(linear))
-            if kind is not nn.Linear:
+        for name in layer.modules:
+            kind = type(denoiser.get_submodule(name))
+            if not kind.__module__.startswith(("diffusers.", "torch.nn.")):
                 raise ValueError(
-                    f"prune: {linear} must be torch.nn.Linear, got {kind.__name__}. "
+                    f"prune: {name} must be torch.nn.Linear, got {kind.__name__}. "
                     "Prune before quantising."
                 )
-        check_width(denoiser, layer)
+        check_fit(denoiser, layer, layer.groups)
 
 
-def check_width(denoiser: Denoiser, layer: PrunableLayer) -> None:
-    """Hold `heads` to the projections: diffusers derives the head width from both, silently.
+def check_fit(stage: Denoiser, layer: PrunableLayer, groups: int) -> None:
+    """Hold the attributes of a layer's module to its linears: diffusers derives shapes from both.
 
     Raises:
         ValueError: they do not fit.
     """
-    if layer.kind != "heads":
-        return
-    heads = denoiser.get_submodule(layer.name).heads
+    columns = groups * layer.width
     for writer in layer.writers:
-        rows = denoiser.get_submodule(writer).weight.shape[0]
-        if rows != heads * layer.width:
+        weight = getattr(stage.get_submodule(writer.module), "weight", None)
+        if writer.shared or writer.whole or weight is None:
+            continue
+        if weight.shape[0] != columns * len(writer.starts):
             raise ValueError(
-                f"prune: {layer.name} must have {layer.width} rows a head, got {rows} rows of "
-                f"{writer.rpartition('.')[2]} for {heads} heads. Was it pruned by other means?"
+                f"prune: {layer.name} must have {layer.width} rows a head, got "
+                f"{weight.shape[0]} rows of {writer.module.rpartition('.')[2]} for {groups} "
+                f"{layer.kind}. Was it pruned by other means?"
             )
-
-
-def feed_forward_layer(name: str, module: Any, features: int, tokens: int) -> PrunableLayer:
-    """Describe the neurons of a GELU `FeedForward` that `tokens` tokens of a sample go through."""
-    return PrunableLayer(
-        name=name,
-        kind="neurons",
-        readers=(f"{name}.net.2",),
-        writers=(f"{name}.net.0.proj",),
-        groups=module.net[2].in_features,
-        width=1,
-        cost=tokens * 2 * features,
-    )
-
-
-def replace_linears(builder: StageBuilder, layer: PrunableLayer, parts: Parts, groups: int) -> None:
-    """Put smaller linears into a stage, and tell a legacy `Attention` how many heads are left."""
-    for linear in (*layer.writers, *layer.readers):
-        module = make_linear(parts[f"{linear}.weight"], parts.get(f"{linear}.bias"))
-        builder.replace(linear, module)
-    for name in layer.fixed:
-        owner, _, leaf = name.rpartition(".")
-        setattr(builder.own(owner), leaf, nn.Parameter(parts[name], requires_grad=False))
-    if layer.kind == "heads":
-        attention = builder.own(layer.name)
-        attention.heads = attention.sliceable_head_dim = groups
-        attention.inner_dim = attention.inner_kv_dim = groups * layer.width
-    check_width(builder.root, layer)
-
-
-def bias_parts(biases: dict[str, torch.Tensor | None]) -> Parts:
-    """Collect the tensors of a layer of which only readers' biases are left."""
-    return {f"{reader}.bias": bias.detach() for reader, bias in biases.items() if bias is not None}
+    for reader in layer.readers:
+        width = stage.get_submodule(reader.module).weight.shape[1]
+        if reader.stop is None and width != columns:
+            raise ValueError(
+                f"prune: {reader.module} must have {columns} columns for {groups} {layer.kind}, "
+                f"got {width}. Was it pruned by other means?"
+            )
+    home = stage.get_submodule(layer.home)
+    for name, units in layer.attributes:
+        if getattr(home, name) != groups * units:
+            raise ValueError(
+                f"prune: {layer.home}.{name} must be {groups * units} for {groups} {layer.kind}, "
+                f"got {getattr(home, name)}. Was it pruned by other means?"
+            )
 
 
 def image_tokens(denoiser: Denoiser) -> int:

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..groups import Denoiser, Macs, PrunableLayer, WeightTarget, shared_input
-from ..pack import BiasOnly, Parts, StageBuilder, dense_parts
-from .base import Adapter
-from .common import (
-    bias_parts,
-    check_plain,
-    feed_forward_layer,
-    image_tokens,
-    linear_weights,
-    replace_linears,
-)
+from ..groups import Denoiser
+from ..pack import BiasOnly, StageBuilder
+from .common import image_tokens
+from .declared import LEGACY_PER_COLUMN, LEGACY_PER_GROUP, LEGACY_UNTOUCHED, Family
+from .family import Blocks, Heads, Neurons
+from .inputs import Condition
 
 
 class BiasOnlyBlock(nn.Module):
@@ -53,80 +48,49 @@ class BiasOnlyBlock(nn.Module):
         return hidden_states
 
 
-class DiTAdapter(Adapter):
+class DiTAdapter(Family):
     """Remove heads of self-attention and GELU neurons from every block."""
 
     denoiser_class = "DiTTransformer2DModel"
+    pipelines = ("DiTPipeline",)
+    summary = "heads of self-attention and FFN neurons of every block"
+    norms = "none"
+    processors = ("AttnProcessor", "AttnProcessor2_0")
+    leaves = (
+        ("pos_embed*", "patch embedder: its rows are the residual stream"),
+        ("transformer_blocks.*.norm*", "modulation and norms: as wide as the residual stream"),
+        ("proj_out*", "output head: its columns are the residual stream"),
+    )
     timestep_argument = ("timestep", 1)
-    condition = {"labels": "class_labels"}
+    watches_blocks = True
+    conditions = (Condition("class_labels", label="labels", whole_numbers=True),)
+    block_kinds = (
+        Blocks(
+            "transformer_blocks.*",
+            (
+                Heads(
+                    "attn1",
+                    writers=(("image", ("to_q", "to_k", "to_v")),),
+                    readers=(("image", "to_out.0"),),
+                    attends=(("image", "image"),),
+                    per_group=LEGACY_PER_GROUP,
+                    per_column=LEGACY_PER_COLUMN,
+                    untouched=LEGACY_UNTOUCHED,
+                ),
+                Neurons("ff", ("net.0.proj",), "net.2", "image"),
+            ),
+        ),
+    )
 
-    def empty(self, config: dict[str, Any]) -> Denoiser:
-        from accelerate import init_empty_weights
-        from diffusers import DiTTransformer2DModel
-
-        with init_empty_weights(include_buffers=False):
-            return DiTTransformer2DModel.from_config(config)
-
-    def check(self, denoiser: Denoiser) -> None:
-        check_plain(denoiser, self.layers(denoiser))
-
-    def layers(self, denoiser: Denoiser) -> tuple[PrunableLayer, ...]:
-        tokens = image_tokens(denoiser)
-        found = []
-        for index, block in enumerate(denoiser.transformer_blocks):
-            prefix = f"transformer_blocks.{index}"
-            attention = block.attn1
-            width = denoiser.config.attention_head_dim
-            found.append(
-                PrunableLayer(
-                    name=f"{prefix}.attn1",
-                    kind="heads",
-                    readers=(f"{prefix}.attn1.to_out.0",),
-                    writers=tuple(f"{prefix}.attn1.{w}" for w in ("to_q", "to_k", "to_v")),
-                    groups=denoiser.config.num_attention_heads,
-                    width=width,
-                    cost=tokens * width * 4 * attention.query_dim,
-                    products=2 * tokens**2 * width,
-                )
-            )
-            found.append(feed_forward_layer(f"{prefix}.ff", block.ff, attention.query_dim, tokens))
-        return tuple(found)
-
-    def targets(self, denoiser: Denoiser) -> tuple[WeightTarget, ...]:
-        found: list[WeightTarget] = []
-        for prefix in self.blocks(denoiser):
-            found += shared_input(*(f"{prefix}.attn1.{w}" for w in ("to_q", "to_k", "to_v")))
-            for name in ("attn1.to_out.0", "ff.net.0.proj", "ff.net.2"):
-                found += shared_input(f"{prefix}.{name}")
-        return tuple(found)
-
-    def blocks(self, denoiser: Denoiser) -> tuple[str, ...]:
-        return tuple(f"transformer_blocks.{i}" for i in range(len(denoiser.transformer_blocks)))
-
-    def replace(
-        self, builder: StageBuilder, layer: PrunableLayer, parts: Parts, groups: int
-    ) -> None:
-        if groups == 0:
-            (reader,) = layer.readers
-            bias = parts.get(f"{reader}.bias")
-            features = builder.root.get_submodule(reader).out_features
-            builder.replace(layer.name, BiasOnly(features, bias))
-            return
-        replace_linears(builder, layer, parts, groups)
+    def tokens(self, denoiser: Denoiser) -> Mapping[str, int]:
+        return {"image": image_tokens(denoiser)}
 
     def simplify(self, builder: StageBuilder) -> None:
         for index, block in enumerate(builder.root.transformer_blocks):
             if isinstance(block.attn1, BiasOnly) and isinstance(block.ff, BiasOnly):
                 builder.replace(f"transformer_blocks.{index}", BiasOnlyBlock(block))
 
-    def parts(self, stage: Denoiser, layer: PrunableLayer) -> Parts:
-        module = stage.get_submodule(layer.name)
-        if isinstance(module, BiasOnly):
-            (reader,) = layer.readers
-            return bias_parts({reader: module.bias})
-        return dense_parts(stage, layer)
-
-    def latent_shape(self, denoiser: Denoiser) -> tuple[int, int, int]:
+    def latent_shape(self, denoiser: Denoiser) -> tuple[int, ...]:
         config = denoiser.config
         return config.in_channels, config.sample_size, config.sample_size
 
@@ -157,11 +121,6 @@ class DiTAdapter(Adapter):
         labels = inputs["class_labels"]
         null = torch.full_like(labels, denoiser.config.num_embeds_ada_norm)
         return inputs | {"class_labels": torch.where(rows, null, labels)}
-
-    def example_inputs(
-        self, denoiser: Denoiser, batch_size: int, device: torch.device
-    ) -> dict[str, Any]:
-        return {"class_labels": torch.zeros(batch_size, dtype=torch.long, device=device)}
 
     def watch_block(
         self,
@@ -200,26 +159,3 @@ class DiTAdapter(Adapter):
         ):
             stack.callback(handle.remove)
         return stack
-
-    def predict(
-        self,
-        denoiser: Denoiser,
-        latents: torch.Tensor,
-        timesteps: torch.Tensor,
-        inputs: dict[str, Any],
-    ) -> torch.Tensor:
-        output = denoiser(latents, timestep=timesteps, **inputs).sample
-        return output[:, : latents.shape[1]]  # the rest, where there is one, is the variance
-
-    def macs(self, denoiser: Denoiser) -> Macs:
-        tokens, count = image_tokens(denoiser), linear_weights
-        patch = denoiser.pos_embed.proj.weight.numel()
-        linear = tokens * (patch + count(denoiser.proj_out_2)) + count(denoiser.proj_out_1)
-        # The output head calls the first block's embedder once more.
-        linear += count(denoiser.transformer_blocks[0].norm1.emb)
-        products = 0
-        for block in denoiser.transformer_blocks:
-            linear += count(block.norm1) + tokens * (count(block.attn1) + count(block.ff))
-            if not isinstance(block.attn1, BiasOnly):
-                products += 2 * tokens**2 * block.attn1.inner_dim
-        return Macs(linear, products)

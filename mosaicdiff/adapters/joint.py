@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..pack import BiasOnly
+from ..groups import Denoiser, PrunableLayer
+from ..pack import BiasOnly, StandIn
 
 #: Called with the name of a layer or block, a stream before it, and what it adds.
 Add = Callable[[str, torch.Tensor, torch.Tensor], None]
 
 
-class JointBiasOnly(nn.Module):
+class JointBiasOnly(StandIn):
     """Stand for joint attention without heads: the biases of the two readers.
 
     Exactly what `JointAttnProcessor2_0` would return. In a block whose text stream ends there is
@@ -25,6 +26,9 @@ class JointBiasOnly(nn.Module):
     def __init__(self, image: BiasOnly, context: BiasOnly | None) -> None:
         super().__init__()
         self.image, self.context = image, context
+
+    def biases(self) -> tuple[torch.Tensor | None, ...]:
+        return self.image.bias, None if self.context is None else self.context.bias
 
     def forward(
         self,
@@ -38,6 +42,17 @@ class JointBiasOnly(nn.Module):
         else:
             text = self.context(encoder_hidden_states)
         return self.image(hidden_states), text
+
+
+def joint_stand_in(
+    stage: Denoiser, layer: PrunableLayer, biases: Sequence[torch.Tensor | None]
+) -> JointBiasOnly:
+    """Return what stands for a joint attention without heads."""
+    left = [
+        BiasOnly(stage.get_submodule(reader.module).weight.shape[0], bias)
+        for reader, bias in zip(layer.readers, biases, strict=True)
+    ]
+    return JointBiasOnly(left[0], left[1] if len(left) > 1 else None)
 
 
 class JointBiasOnlyBlock(nn.Module):

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..groups import Denoiser, Macs, PrunableLayer
+from ..pack import dense_parts
 
 #: Groups removed of each layer of each stage.
 Removed = Sequence[Sequence[int]]
@@ -177,15 +178,17 @@ def layer_sizes(denoiser: Denoiser, layers: Sequence[PrunableLayer]) -> tuple[La
     """Count the parameters of every layer's linears."""
     sizes = []
     for layer in layers:
-        writers = 0
-        for name in layer.writers:
-            module = denoiser.get_submodule(name)
-            rows = module.out_features // layer.groups
-            writers += rows * (module.in_features + (module.bias is not None))
-        readers = [denoiser.get_submodule(name) for name in layer.readers]
-        bias = sum(reader.out_features for reader in readers if reader.bias is not None)
-        width = layer.width * sum(reader.out_features for reader in readers)
-        sizes.append(LayerSize(writers, width, bias))
+        held = dense_parts(denoiser, layer)
+        writers = reader = bias = 0
+        for piece in layer.pieces:
+            count = held[piece.name].numel() if piece.name in held else 0
+            if piece.axis is None:
+                bias += count
+            elif piece.axis == 1:
+                reader += count // layer.groups
+            elif not piece.whole:
+                writers += count // layer.groups
+        sizes.append(LayerSize(writers, reader, bias))
     return tuple(sizes)
 
 

@@ -61,7 +61,7 @@ def weighted_errors(
     for k, count in enumerate(steps):
         row = []
         for layer in layers:
-            weight = None if weights is None else [weights[k][name] for name in layer.readers]
+            weight = None if weights is None else [weights[k][name] for name in layer.input_names]
             row.append(count * curves[k][layer.name].errors(weight))
         rows.append(row)
     return rows

@@ -19,6 +19,7 @@ from ..adapters import Adapter, adapter_for
 from ..files import write_text
 from ..groups import Denoiser, PrunableLayer
 from ..statistics.capture import evaluating
+from ..surgery import Surgeon
 from .timing import (
     Call,
     Timer,
@@ -28,6 +29,7 @@ from .timing import (
     layer_inputs,
     narrowed,
     time_rounds,
+    timed_module,
     widths,
 )
 
@@ -210,10 +212,16 @@ def shape_of(denoiser: Denoiser, layer: PrunableLayer) -> LayerShape:
         kind=layer.kind,
         groups=layer.groups,
         width=layer.width,
-        features=sum(denoiser.get_submodule(name).out_features for name in layer.readers),
-        inputs=tuple(denoiser.get_submodule(w).in_features for w in layer.writers),
+        features=sum(denoiser.get_submodule(r.module).weight.shape[0] for r in layer.readers),
+        inputs=tuple(_row(denoiser.get_submodule(w.module)) for w in layer.writers),
         cost=layer.cost,
     )
+
+
+def _row(writer: Any) -> int:
+    """Count the weights of one row of a writer; none of a norm without."""
+    weight = getattr(writer, "weight", None)
+    return 0 if weight is None else weight[0].numel()
 
 
 def measure_table(
@@ -260,17 +268,22 @@ def measure_table(
     kept = {shape: widths(layer, points) for shape, layer in examples.items()}
     with torch.no_grad(), evaluating(denoiser):
         dense = dense_call(denoiser, adapter, batch_size)
-        inputs = layer_inputs(denoiser, [layer.name for layer in examples.values()], dense)
+        names = [timed_module(layer)[0] for layer in examples.values()]
+        inputs = layer_inputs(denoiser, names, dense)
+        surgeon = Surgeon(adapter, [layer for layer, _ in layers])
         calls: list[Call] = [dense]
         for shape, layer in examples.items():
-            args, kwargs = inputs[layer.name]
-            modules = [narrowed(denoiser, adapter, layer, count).eval() for count in kept[shape]]
+            args, kwargs = inputs[timed_module(layer)[0]]
+            modules = [narrowed(denoiser, surgeon, layer, count).eval() for count in kept[shape]]
             calls += [partial(module, *args, **kwargs) for module in modules]
         dense_ms, *rest = time_rounds(calls, repeats, timer, advance)
     times = iter(rest)
-    curves = {
-        shape: (counts, isotonic([next(times) for _ in counts])) for shape, counts in kept.items()
-    }
+    curves = {}
+    for shape, counts in kept.items():
+        took = isotonic([next(times) for _ in counts])
+        # Of a module that holds more, the layer's own is what it takes beyond none of it.
+        beside = 0.0 if timed_module(examples[shape])[1] else took[0]
+        curves[shape] = counts, tuple(value - beside for value in took)
     fixed_ms = dense_ms - sum(curves[shape][1][-1] for _, shape in layers)
     return LatencyTable(
         **_conditions(denoiser, batch_size),

@@ -15,7 +15,8 @@ from torch import nn
 
 from ..adapters import Adapter
 from ..groups import Denoiser, PrunableLayer
-from ..pack import StageBuilder, dense_parts, narrow_parts
+from ..pack import LayerState, dense_parts, narrow_parts
+from ..surgery import Surgeon
 
 #: Something to be timed.
 Call = Callable[[], Any]
@@ -114,10 +115,9 @@ def dense_call(denoiser: Denoiser, adapter: Adapter, batch_size: int) -> Call:
     shape = (batch_size, *adapter.latent_shape(denoiser))
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     inputs = adapter.example_inputs(denoiser, batch_size, parameter.device)
-    inputs[adapter.timestep_argument[0]] = torch.zeros(
-        batch_size, dtype=torch.long, device=parameter.device
-    )
-    return partial(denoiser, latents.to(parameter.device, parameter.dtype), **inputs)
+    timesteps = torch.zeros(batch_size, device=parameter.device)
+    latents = latents.to(parameter.device, parameter.dtype)
+    return partial(adapter.predict, denoiser, latents, timesteps, inputs)
 
 
 def layer_inputs(
@@ -144,12 +144,18 @@ def layer_inputs(
     return found
 
 
-def narrowed(denoiser: Denoiser, adapter: Adapter, layer: PrunableLayer, kept: int) -> nn.Module:
-    """Return a layer that keeps its first groups only, apart from its denoiser."""
-    builder = StageBuilder(denoiser)
+def timed_module(layer: PrunableLayer) -> tuple[str, bool]:
+    """Return the name of the module to time a layer by, and whether it holds that layer alone."""
+    alone = all(name.startswith(f"{layer.name}.") for name in layer.modules)
+    return (layer.name, True) if alone else (layer.block, False)
+
+
+def narrowed(denoiser: Denoiser, surgeon: Surgeon, layer: PrunableLayer, kept: int) -> nn.Module:
+    """Return the timed module of a layer that keeps its first groups only."""
     groups = torch.arange(kept)
-    adapter.replace(builder, layer, narrow_parts(dense_parts(denoiser, layer), layer, groups), kept)
-    return builder.root.get_submodule(layer.name)
+    parts = narrow_parts(dense_parts(denoiser, layer), layer, groups)
+    builder = surgeon.build(denoiser, {layer.name: LayerState(groups, parts)})
+    return builder.root.get_submodule(timed_module(layer)[0])
 
 
 def _spend_cpu(call: Call, count: int, device: torch.device) -> float:

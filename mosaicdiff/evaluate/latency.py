@@ -128,13 +128,12 @@ def time_networks(
     shape = (batch_size, *adapter.latent_shape(first))
     latents = torch.randn(shape, generator=generator).to(device, parameter.dtype)
     inputs = adapter.example_inputs(first, batch_size, device)
-    name = adapter.timestep_argument[0]
     times: list[list[float]] = [[] for _ in networks]
     with torch.no_grad():
         for repeat in range(repeats + 1):
             for row, (model, timestep) in zip(times, networks, strict=True):
                 step = torch.full((batch_size,), timestep, device=device)
-                call = partial(model, latents, **{name: step}, **inputs)
+                call = partial(adapter.predict, model, latents, step, inputs)
                 spent = _time_call(call, device)
                 if repeat:
                     row.append(spent)

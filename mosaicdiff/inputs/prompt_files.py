@@ -175,7 +175,8 @@ def read_table(path: Path, text: str | None = None) -> list[tuple[str, dict[str,
                 found.append((place, dict(row)))
         except csv.Error as error:
             raise ValueError(
-                f"prune: {path} must be a table, but line {reader.line_num} is none: {error}."
+                f"prune: {path} must be a table, but the row after line {reader.line_num} is none: "
+                f"{error}."
             ) from None
     if not found:
         raise ValueError(f"prune: prompts must hold at least one, but {path} has no rows.")

@@ -33,15 +33,15 @@ def layer_units(denoiser: Denoiser, layers: Sequence[PrunableLayer]) -> list[Uni
     """Make a unit of every layer, in network order."""
     units = []
     for index, layer in enumerate(layers):
-        n, readers = layer.groups * layer.width, len(layer.readers)
-        linears = [denoiser.get_submodule(name) for name in layer.readers]
-        rows, device = max(linear.out_features for linear in linears), linears[0].weight.device
+        n, readers = layer.columns_of_groups, len(layer.readers)
+        weights = [denoiser.get_submodule(reader.module).weight for reader in layer.readers]
+        rows, device = max(len(weight) for weight in weights), weights[0].device
         # The statistics twice in float32 with what elimination takes; or, for the fit, H, its
         # kept part and the factor of that in float64.
         eliminate = 2 * 4 * n * n + elimination_bytes(rows, n, layer.width, 4, device)
         fit = 4 * n * n + 8 * (3 * n * n + 2 * rows * n)
         work = readers * (float(n) ** 3 + rows * float(n) ** 2)
-        widths = dict.fromkeys(layer.readers, n)
+        widths = dict.fromkeys(layer.input_names, n)
         units.append(Unit((index,), widths, work, max(readers * eliminate, fit)))
     return units
 

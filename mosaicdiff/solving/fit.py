@@ -12,11 +12,12 @@ from ..adapters import Adapter
 from ..allocation.planning import PrunePlan
 from ..config import PruneConfig
 from ..groups import Denoiser, PrunableLayer
-from ..pack import Parts, StageBuilder, dense_parts, narrow_parts
+from ..pack import LayerState, Parts, dense_parts, narrow_parts
 from ..request import Job
-from ..runtime import LayerState, StagedDenoiser, StageInfo
+from ..runtime import StagedDenoiser, StageInfo
 from ..statistics.calibration import Calibration
 from ..statistics.gather import problem_of
+from ..surgery import Surgeon
 from .solve import FittedReader, LayerSolution, fit_layer
 
 #: For each stage, the solutions of the layers that give something up, by name.
@@ -95,18 +96,18 @@ class Fitter:
         if key in self._networks:
             self._networks.move_to_end(key)
             return self._networks[key]
-        job, builder = self._job, StageBuilder(self._job.denoiser)
+        job, states = self._job, {}
         affine = job.config.compensation == "affine"
         for i, count in enumerate(row):
             if count:
                 solution, layer = self.layer(stage, i, count), job.layers[i]
                 parts = solved_parts(job.denoiser, layer, solution, affine)
-                job.adapter.replace(builder, layer, parts, len(solution.kept))
-        job.adapter.simplify(builder)
-        self._networks[key] = builder.root
+                states[layer.name] = LayerState(solution.kept, parts)
+        surgeon = Surgeon(job.adapter, job.layers)
+        self._networks[key] = built = surgeon.build(job.denoiser, states).root
         while len(self._networks) > _NETWORKS:
             self._networks.popitem(last=False)
-        return builder.root
+        return built
 
 
 def solved_parts(
@@ -114,11 +115,18 @@ def solved_parts(
 ) -> Parts:
     """Collect the tensors of a solved layer: slices of the writers, the reader refitted."""
     parts = narrow_parts(dense_parts(base, layer), layer, solution.kept)
-    for reader, fitted in zip(layer.readers, solution.readers, strict=True):
-        parts[f"{reader}.weight"] = fitted.weight
-        if affine and fitted.bias is not None:
-            parts[f"{reader}.bias"] = fitted.bias
+    for reader, (weight, bias) in zip(solution.readers, _reader_pieces(layer), strict=True):
+        # A convolution's weight is a matrix to the solver.
+        parts[weight] = reader.weight.reshape(parts[weight].shape)
+        if affine and reader.bias is not None:
+            parts[bias] = reader.bias
     return parts
+
+
+def _reader_pieces(layer: PrunableLayer) -> list[tuple[str, str]]:
+    """Return the names of the pieces of every reader: its weight's, and its bias's."""
+    weights = [piece.name for piece in layer.pieces if piece.axis == 1]
+    return [(w, f"{r.module}.bias") for w, r in zip(weights, layer.readers, strict=True)]
 
 
 def _bytes(solution: LayerSolution) -> int:
@@ -138,8 +146,8 @@ def last_groups_removed(denoiser: Denoiser, plan: PrunePlan) -> Solutions:
                 kept = torch.arange(layer.groups - count)
                 parts = narrow_parts(dense_parts(denoiser, layer), layer, kept)
                 readers = tuple(
-                    FittedReader(parts[f"{reader}.weight"], parts.get(f"{reader}.bias"))
-                    for reader in layer.readers
+                    FittedReader(parts[weight], parts.get(bias))
+                    for weight, bias in _reader_pieces(layer)
                 )
                 solved[layer.name] = LayerSolution(kept, readers, float("nan"), 0.0)
         solutions.append(solved)

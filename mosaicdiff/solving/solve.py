@@ -103,7 +103,8 @@ def trace_layers(
         try:
             traced = _trace_batch(chosen, criterion, compensation, damping, generator)
         except (ValueError, RuntimeError) as error:
-            names = ", ".join(f"{k}: {' and '.join(p.layer.readers)}" for k, p in enumerate(chosen))
+            inputs = [" and ".join(problem.layer.input_names) for problem in chosen]
+            names = ", ".join(f"{k}: {name}" for k, name in enumerate(inputs))
             raise type(error)(f"{error} The entries are {names}.") from None
         curves.update(zip(members, traced, strict=True))
     return [curves[i] for i in range(len(problems))]

@@ -22,7 +22,7 @@ from ..trajectory.stages import Division, Stage
 from .calibration import Calibration, PackedStatistics, packed_bytes
 from .prompts import Prompts
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 #: Settings that the statistics depend on, and those that the traced curves depend on too.
 _MEASURED_WITH = ("samples", "seed", "null_share", "activations")
 #: What a tensor takes in the header: place, shape, digest, and its name twice.
@@ -144,7 +144,7 @@ def stated_bytes(layers: tuple[PrunableLayer, ...], bins: int, traced: bool = Tr
     """Return about how large the file of so many bins will be, with or without curves."""
     total = packed_bytes(layers, bins)
     for layer in layers:
-        total += sum(3 * bins * (_ENTRY_BYTES + 2 * len(reader)) for reader in layer.readers)
+        total += sum(3 * bins * (_ENTRY_BYTES + 2 * len(name)) for name in layer.input_names)
         if traced:
             total += bins * (12 * layer.groups + 3 * (_ENTRY_BYTES + 2 * len(layer.name)))
     return total
@@ -242,7 +242,7 @@ class _FileBin(Mapping[str, PackedStatistics]):
         digests: Mapping[str, str],
     ) -> None:
         self._path, self._index, self._digests = path, index, digests
-        self._readers = [reader for layer in layers for reader in layer.readers]
+        self._readers = [name for layer in layers for name in layer.input_names]
         for reader in self._readers:
             if f"hessian.{index}.{reader}" not in names:
                 raise ValueError(

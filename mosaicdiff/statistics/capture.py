@@ -8,23 +8,31 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from ..groups import Columns, input_named
+
 
 @contextmanager
 def capture_inputs(
     denoiser: nn.Module, names: Iterable[str], receive: Callable[[str, torch.Tensor], None]
 ) -> Iterator[None]:
-    """Hand the input of every named layer to `receive(name, x)` at each call.
+    """Hand every named input (`groups.Columns.name`) to `receive(name, x)` at each call.
 
     The hooks are removed whatever happens inside the block.
     """
     handles = []
     try:
         for name in names:
+            columns = input_named(name)
 
-            def hook(module: nn.Module, args: tuple, name: str = name) -> None:
-                receive(name, args[0])
+            def hook(
+                module: nn.Module, args: tuple, name: str = name, columns: Columns = columns
+            ) -> None:
+                # Channels of a convolution come after the rows.
+                x = args[0].movedim(1, -1) if isinstance(module, nn.Conv2d) else args[0]
+                receive(name, columns.of_input(x))
 
-            handles.append(denoiser.get_submodule(name).register_forward_pre_hook(hook))
+            module = denoiser.get_submodule(columns.module)
+            handles.append(module.register_forward_pre_hook(hook))
         yield
     finally:
         for handle in handles:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from ..config import PruneConfig
-from ..groups import reader_widths
+from ..groups import input_widths
 from ..request import Job
 from ..solving.curves import RemovalCurve
 from ..solving.solve import LayerProblem, Reader, trace_along, trace_layers
@@ -26,7 +26,7 @@ from .sensitivity import GAIN_SAMPLES, measure_weights, stage_gains
 
 def gather(job: Job, tell: Progress) -> Calibration:
     """Run the dense denoiser as the request says, and measure all that its allocation needs."""
-    statistics = collect(job, job.denoiser, reader_widths(job.layers), tell)
+    statistics = collect(job, job.denoiser, input_widths(job.layers), tell)
     measured = Calibration(
         division=job.frame.division,
         steps=job.frame.steps,
@@ -161,11 +161,11 @@ def _problem(
     job: Job, index: int, statistics: Callable[[str, torch.device], Statistics]
 ) -> LayerProblem:
     readers = []
-    for name in job.layers[index].readers:
-        linear = job.denoiser.get_submodule(name)
+    for columns in job.layers[index].readers:
+        linear = job.denoiser.get_submodule(columns.module)
         bias = None if linear.bias is None else linear.bias.detach().to(job.device)
-        weight = linear.weight.detach().to(job.device)
-        readers.append(Reader(weight, bias, statistics(name, weight.device).in_float32()))
+        weight = columns.of_weight(linear.weight.detach()).to(job.device)
+        readers.append(Reader(weight, bias, statistics(columns.name, weight.device).in_float32()))
     return LayerProblem(job.layers[index], tuple(readers))
 
 

@@ -95,7 +95,7 @@ class _Watch:
         if self.first is None:
             self.first = place.position
         if place.position == self.first:
-            self.conditions.append(_conditions(self.job, given))
+            self.conditions.append(self.job.adapter.conditions_of(given))
         self.advance(step)
 
     def outcome(self, rows: int) -> Batch | None:
@@ -118,20 +118,6 @@ def _bind(denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str,
     """Name the arguments of a denoiser call."""
     bound = inspect.signature(type(denoiser).forward).bind(denoiser, *args, **kwargs)
     return dict(bound.arguments)
-
-
-def _conditions(job: Job, given: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Keep the tensors of a call that have a row for each of its latents, but not those."""
-    latents = next(value for name, value in given.items() if name != "self")
-    others = {n: v for n, v in given.items() if n != job.adapter.timestep_argument[0]}
-    return {
-        name: value.detach().cpu()
-        for name, value in others.items()
-        if torch.is_tensor(value)
-        and value is not latents
-        and value.ndim > 0
-        and len(value) == len(latents)
-    }
 
 
 def sample_statistics(

@@ -49,7 +49,7 @@ def measure_weights(
     weights = []
     config = replace(config, batch_size=min(_BATCH, config.rows_at_once))
     for stage in stages:
-        sums = dict.fromkeys((name for layer in layers for name in layer.readers), 0.0)
+        sums = dict.fromkeys((name for layer in layers for name in layer.input_names), 0.0)
         counts = dict.fromkeys(sums, 0)
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + stage.first + 1)
         samples = min(_SAMPLES, config.samples)
@@ -116,12 +116,12 @@ def _run_with_gradient(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     held: dict[str, torch.Tensor] = {}
     with ExitStack() as stack, torch.enable_grad():
-        for reader in (name for layer in layers for name in layer.readers):
+        for reader in (reader for layer in layers for reader in layer.readers):
 
-            def keep(module: nn.Module, args: tuple, output: torch.Tensor, name: str = reader):
+            def keep(module: nn.Module, args: tuple, output: torch.Tensor, name: str = reader.name):
                 held[name] = output
 
-            handle = denoiser.get_submodule(reader).register_forward_hook(keep)
+            handle = denoiser.get_submodule(reader.module).register_forward_hook(keep)
             stack.callback(handle.remove)
         # Parameters need no gradient; something must, for a graph to be built.
         result = adapter.predict(denoiser, latents.requires_grad_(), timesteps, inputs)

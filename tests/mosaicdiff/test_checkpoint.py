@@ -95,9 +95,9 @@ def count_bytes(denoiser, kept, compensated=True):
         stages = [rows.get(layer.name, list(range(layer.groups))) for rows in kept]
         union = set().union(*(set(map(int, row)) for row in stages))
         for writer in layer.writers:
-            whole = size[f"{writer}.weight"] + size.get(f"{writer}.bias", 0)
+            whole = size[f"{writer.module}.weight"] + size.get(f"{writer.module}.bias", 0)
             total -= whole * (layer.groups - len(union)) // layer.groups
-        reader = size[f"{layer.readers[0]}.weight"]
+        reader = size[f"{layer.readers[0].name}.weight"]
         pruned = [len(row) for row in stages if len(row) < layer.groups]
         dense = 1 if len(pruned) < len(stages) else 0
         total += reader * (sum(pruned) + (dense - 1) * layer.groups) // layer.groups
@@ -170,7 +170,7 @@ def test_another_version_is_refused(staged_pipe, tmp_path):
     staged_pipe.transformer.save_pretrained(tmp_path / "m")
     config = json.loads((tmp_path / "m" / CONFIG).read_text())
     (tmp_path / "m" / CONFIG).write_text(json.dumps(config | {"format_version": 99}))
-    with pytest.raises(ValueError, match="format_version must be 2, got 99"):
+    with pytest.raises(ValueError, match="format_version must be 3, got 99"):
         mosaicdiff.StagedDenoiser.from_pretrained(tmp_path / "m")
 
 

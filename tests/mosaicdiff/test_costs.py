@@ -147,9 +147,9 @@ def test_the_predicted_error_is_that_of_the_fitted_layers(calibrations, choice, 
     solutions, total = fitter.solve(plan), 0.0
     for k, solved in enumerate(solutions):
         for layer in plan.layers:
-            reader = job.denoiser.get_submodule(layer.readers[0])
+            reader = job.denoiser.get_submodule(layer.readers[0].module)
             hessian = (
-                job.measured.statistics[k][layer.readers[0]]
+                job.measured.statistics[k][layer.readers[0].name]
                 .unpack(torch.device("cpu"))
                 .hessian.double()
             )

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 import mosaicdiff
 from mosaicdiff import PruneConfig
 from mosaicdiff.allocation.items import allowed_levels, make_items
-from mosaicdiff.groups import PrunableLayer
+from mosaicdiff.groups import Columns, PrunableLayer, Rows
 from mosaicdiff.patterns import check_patterns
 
 from .conftest import linear_scheduler, tiny_batches, tiny_denoiser
 
-HEADS = PrunableLayer("blocks.0.attn1", "heads", ("r",), ("w",), 8, 4, 40)
-NEURONS = PrunableLayer("blocks.0.ff", "neurons", ("r",), ("w",), 100, 1, 2)
+HEADS = PrunableLayer("blocks.0.attn1", "heads", (Columns("r"),), (Rows("w"),), 8, 4, 40)
+NEURONS = PrunableLayer("blocks.0.ff", "neurons", (Columns("r"),), (Rows("w"),), 100, 1, 2)
 LAYERS = [
     replace(row, name=row.name.replace("0", str(block)))
     for block in range(2)

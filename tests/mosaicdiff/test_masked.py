@@ -254,7 +254,7 @@ def test_states_that_do_not_fit_are_refused():
         ValueError, match=r"weight and mask of .* must be \(32, 128\), got \(2, 3\)"
     ):
         StagedDenoiser.assemble(dense, info, [{FF: MaskedState(mask, torch.ones(2, 3))}])
-    layer = next(a for a in info.layers if FF in a.readers)
+    layer = next(a for a in info.layers if FF in a.input_names)
     shrunk = LayerState(torch.arange(2), {})
     both = {layer.name: shrunk, FF: MaskedState(solutions[0][FF].mask, solutions[0][FF].weight)}
     with pytest.raises(ValueError, match=f"{FF} must not be masked where {layer.name} shrinks"):

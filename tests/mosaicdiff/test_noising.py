@@ -5,7 +5,7 @@ import torch
 
 from mosaicdiff.adapters import adapter_for
 from mosaicdiff.config import PruneConfig
-from mosaicdiff.groups import reader_widths
+from mosaicdiff.groups import input_widths
 from mosaicdiff.statistics.capture import capture_inputs
 from mosaicdiff.statistics.noising import CalibrationSet, add_noise, collect_statistics
 from mosaicdiff.trajectory.schedule import NoiseSchedule
@@ -24,7 +24,7 @@ def collect(denoiser, **config):
     layers = adapter.layers(denoiser)
     data = CalibrationSet(tiny_batches(), adapter, denoiser)
     config = PruneConfig(**({"samples": 40, "batch_size": 16} | config))
-    widths = reader_widths(layers)
+    widths = input_widths(layers)
     bank = collect_statistics(denoiser, adapter, widths, MIDDLE, SCHEDULE, data, config)
     return layers, bank
 
@@ -36,7 +36,7 @@ def test_statistics_equal_recorded_activations():
     with capture_inputs(denoiser, names, lambda n, x: seen.setdefault(n, []).append(x)):
         layers, bank = collect(denoiser)
     for layer in layers:
-        x = torch.cat([t.reshape(-1, t.shape[-1]) for t in seen[layer.readers[0]]]).double()
+        x = torch.cat([t.reshape(-1, t.shape[-1]) for t in seen[layer.readers[0].name]]).double()
         got = bank.finalize(layer.readers[0])
         assert got.weight == len(x) == 40 * 16
         torch.testing.assert_close(got.hessian.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-6)

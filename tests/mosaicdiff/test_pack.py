@@ -6,33 +6,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mosaicdiff.adapters import adapter_for
-from mosaicdiff.groups import PrunableLayer
-from mosaicdiff.pack import BiasOnly, StageBuilder, dense_parts, narrow_parts
+from mosaicdiff.groups import Columns, PrunableLayer, Rows
+from mosaicdiff.pack import BiasOnly
 
 from .conftest import tiny_denoiser
-
-
-def pack(denoiser, kept):
-    adapter = adapter_for(denoiser)
-    builder = StageBuilder(denoiser)
-    for layer in adapter.layers(denoiser):
-        if layer.name in kept:
-            groups = torch.tensor(kept[layer.name], dtype=torch.long)
-            parts = narrow_parts(dense_parts(denoiser, layer), layer, groups)
-            adapter.replace(builder, layer, parts, len(groups))
-    return builder.root
-
-
-def zeroed(denoiser, kept):
-    copy = tiny_denoiser(len(denoiser.transformer_blocks)).to(denoiser.dtype)
-    copy.load_state_dict(denoiser.state_dict())
-    for layer in adapter_for(copy).layers(copy):
-        if layer.name in kept:
-            gone = sorted(set(range(layer.groups)) - set(kept[layer.name]))
-            columns = layer.columns(torch.tensor(gone, dtype=torch.long))
-            copy.get_submodule(layer.readers[0]).weight.data[:, columns] = 0
-    return copy
-
+from .cutting import pack, zeroed
 
 UNEVEN = {
     "transformer_blocks.0.attn1": [0, 3],
@@ -111,12 +89,30 @@ def test_bias_only_without_a_bias_gives_zeros():
 
 
 def test_narrow_takes_all_rows_of_a_group():
-    layer = PrunableLayer("a", "heads", ("r",), ("w",), 3, 2, 1)
+    layer = PrunableLayer("a", "heads", (Columns("r"),), (Rows("w"),), 3, 2, 1)
     groups = torch.tensor([0, 2])
     weight = torch.arange(6.0)[:, None]
-    assert layer.narrow("w.weight", weight, groups).flatten().tolist() == [0, 1, 4, 5]
-    assert layer.narrow("r.weight", weight.T, groups).flatten().tolist() == [0, 1, 4, 5]
-    assert layer.narrow("r.bias", torch.ones(4), groups).tolist() == [1] * 4
+    pieces = {piece.name: piece for piece in layer.pieces}
+    taken = layer.narrow(pieces["w.weight"], weight, groups)
+    assert taken.flatten().tolist() == [0, 1, 4, 5]
+    taken = layer.narrow(pieces["r.weight"], weight.T, groups)
+    assert taken.flatten().tolist() == [0, 1, 4, 5]
+    assert layer.narrow(pieces["r.bias"], torch.ones(4), groups).tolist() == [1] * 4
+
+
+def test_narrow_takes_both_halves_of_a_gated_writer():
+    layer = PrunableLayer("a", "neurons", (Columns("r"),), (Rows("w", (0, 3)),), 3, 1, 1)
+    (piece, *_) = layer.pieces
+    taken = layer.narrow(piece, torch.arange(6.0), torch.tensor([0, 2]))
+    assert taken.tolist() == [0, 2, 3, 5]
+    assert layer.narrow(piece, taken, torch.tensor([1])).tolist() == [2, 5]
+
+
+def test_narrow_puts_kept_groups_first_where_all_rows_stay():
+    layer = PrunableLayer("a", "heads", (Columns("r"),), (Rows("w", whole=True),), 3, 2, 1)
+    (piece, *_) = layer.pieces
+    taken = layer.narrow(piece, torch.arange(6.0), torch.tensor([1]))
+    assert taken.tolist() == [2, 3, 0, 1, 4, 5]
 
 
 @pytest.mark.parametrize("kept", [{}, UNEVEN], ids=["dense", "packed"])

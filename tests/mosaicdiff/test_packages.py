@@ -79,10 +79,10 @@ def test_layers_in_packages_are_those_pruned_one_after_the_other_by_hand(count):
     hand = tiny_denoiser()
     for part in parts:
         indices = [i for unit in part for i in unit.members]
-        hessians = recorded(hand, [layers[i].readers[0] for i in indices], config, hand)
+        hessians = recorded(hand, [layers[i].readers[0].name for i in indices], config, hand)
         for i in indices:
-            layer, h = layers[i], hessians[layers[i].readers[0]]
-            reader = hand.get_submodule(layer.readers[0])
+            layer, h = layers[i], hessians[layers[i].readers[0].name]
+            reader = hand.get_submodule(layer.readers[0].module)
             weight = reader.weight.double()
             gone = layer.groups - plan[i].kept
             order = prune_columns(weight, h, group_size=layer.width).order[0]
@@ -94,7 +94,7 @@ def test_layers_in_packages_are_those_pruned_one_after_the_other_by_hand(count):
             weight = torch.zeros_like(weight)
             weight[:, kept] = fitted
             reader.weight.data = weight.float()
-            mine = result.denoiser.stage_models[0].get_submodule(layer.readers[0]).weight
+            mine = result.denoiser.stage_models[0].get_submodule(layer.readers[0].module).weight
             torch.testing.assert_close(mine.double(), fitted, rtol=1e-3, atol=1e-4)
     x, labels = torch.randn(2, 2, 8, 8), torch.tensor([1, 2])
     arguments = {"timestep": torch.tensor([500, 500]), "class_labels": labels}

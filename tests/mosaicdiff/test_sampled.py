@@ -13,7 +13,7 @@ from diffusers import (
 
 import mosaicdiff
 from mosaicdiff import PruneConfig
-from mosaicdiff.groups import reader_widths
+from mosaicdiff.groups import input_widths
 from mosaicdiff.pipeline import calibrate
 from mosaicdiff.request import prepare
 from mosaicdiff.statistics.bank import HessianBank
@@ -57,7 +57,7 @@ def by_hand(job, labels, batch, guidance, calls_of_step):
         job.denoiser.get_submodule(name).register_forward_pre_hook(
             lambda module, args, name=name: seen.setdefault(name, []).append(args[0])
         )
-        for name in reader_widths(job.layers)
+        for name in input_widths(job.layers)
     ]
     handles.append(
         job.denoiser.register_forward_pre_hook(
@@ -113,13 +113,13 @@ def test_hessians_equal_activations_recorded_and_weighed_by_hand(
     pipe = wide_pipeline(cls)
     config = asked(steps, stages, guidance_scale=guidance, **options)
     job = prepare(pipe, config, None, None, prompts=LABELS)
-    got = collect(job, job.denoiser, reader_widths(job.layers), silent)
+    got = collect(job, job.denoiser, input_widths(job.layers), silent)
     # Heun evaluates twice in every step but the last; the others once.
     twice = cls is HeunDiscreteScheduler
     wanted = by_hand(job, LABELS, 2, guidance, (lambda n: n // 2) if twice else lambda n: n)
     assert len(got) == len(wanted) == stages
     for k, row in enumerate(wanted):
-        assert set(got[k]) == set(row) == set(reader_widths(job.layers))
+        assert set(got[k]) == set(row) == set(input_widths(job.layers))
         for name, (h, total, weight) in row.items():
             mine = got[k][name].unpack(CPU)
             assert mine.hessian.dtype == torch.float64
@@ -133,7 +133,7 @@ def test_guidance_doubles_what_is_seen():
     for guidance in (1.0, 4.0):
         pipe = tiny_pipeline(tiny_denoiser())
         job = prepare(pipe, asked(guidance_scale=guidance), None, None, prompts=LABELS)
-        (row,) = collect(job, job.denoiser, reader_widths(job.layers), silent)
+        (row,) = collect(job, job.denoiser, input_widths(job.layers), silent)
         counts.append(next(iter(row.values())).weight)
     tokens = 16 * 5 * sum(step_weights("log_decrease", 4))
     assert counts == pytest.approx([tokens, 2 * tokens])
@@ -182,7 +182,7 @@ class Sick:
 def test_an_exception_names_its_batch_and_leaves_the_sums_as_they_were(error, kind):
     pipe = tiny_pipeline(tiny_denoiser())
     job = prepare(pipe, asked(), None, None, prompts=LABELS)
-    widths = reader_widths(job.layers)
+    widths = input_widths(job.layers)
     # Two whole batches (the first 4 labels) are what the sums must hold.
     whole = [HessianBank(widths)]
     two = replace(job, config=asked(samples=4))
@@ -209,7 +209,7 @@ def test_an_interrupt_passes_and_leaves_nothing_behind():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        collect(job, job.denoiser, reader_widths(job.layers), interrupt)
+        collect(job, job.denoiser, input_widths(job.layers), interrupt)
     assert state_of(pipe) == before and _LISTENERS not in vars(pipe.scheduler)
 
 
@@ -236,10 +236,10 @@ def test_a_batch_does_not_depend_on_those_before():
     sums = []
     for samples in (2, 4):
         job = prepare(pipe, asked(samples=samples), None, None, prompts=LABELS)
-        (row,) = collect(job, job.denoiser, reader_widths(job.layers), silent)
+        (row,) = collect(job, job.denoiser, input_widths(job.layers), silent)
         sums.append({name: packed.hessian * packed.weight for name, packed in row.items()})
     job = prepare(pipe, asked(samples=2), None, None, prompts=LABELS)
-    again = collect(job, job.denoiser, reader_widths(job.layers), silent)[0]
+    again = collect(job, job.denoiser, input_widths(job.layers), silent)[0]
     for name, packed in again.items():
         assert torch.equal(packed.hessian * packed.weight, sums[0][name])
         assert not torch.allclose(sums[1][name], 2 * sums[0][name])
@@ -252,7 +252,7 @@ def test_final_latents_come_with_the_conditions_of_the_denoiser(guidance):
     job = prepare(pipe, config, None, None, prompts=LABELS)
     with pytest.raises(ValueError, match="calibration must be given for a test"):
         job.require_data("a test")
-    collect(job, job.denoiser, reader_widths(job.layers), silent)
+    collect(job, job.denoiser, input_widths(job.layers), silent)
     data = job.require_data("a test")
     labels = data.inputs["class_labels"].tolist()
     assert list(data.inputs) == ["class_labels"]
@@ -275,7 +275,7 @@ def test_final_latents_come_with_the_conditions_of_the_denoiser(guidance):
 def test_given_latents_win():
     pipe = tiny_pipeline(tiny_denoiser())
     job = prepare(pipe, asked(), None, tiny_batches(), prompts=LABELS)
-    collect(job, job.denoiser, reader_widths(job.layers), silent)
+    collect(job, job.denoiser, input_widths(job.layers), silent)
     assert len(job.require_data("a test")) == 48
     assert job.frame.power == pytest.approx(job.data.power)
     bare = prepare(tiny_pipeline(tiny_denoiser()), asked(), None, None)

@@ -8,7 +8,7 @@ from diffusers import DiTPipeline
 from diffusers.hooks import apply_group_offloading
 
 from mosaicdiff import PruneConfig
-from mosaicdiff.groups import reader_widths
+from mosaicdiff.groups import input_widths
 from mosaicdiff.pipeline import cut
 from mosaicdiff.request import prepare
 from mosaicdiff.statistics.collect import collect
@@ -33,7 +33,7 @@ def test_a_staged_network_is_seen_where_it_shares_the_dense_modules(activations)
         config = replace(config, activations=activations, trajectory={})
     prompts = LABELS if activations == "trajectory" else None
     job = prepare(pipe, config, None, tiny_batches(), prompts=prompts)
-    widths = {n: w for n, w in reader_widths(job.layers).items() if "blocks.2" in n}
+    widths = {n: w for n, w in input_widths(job.layers).items() if "blocks.2" in n}
     dense = collect(job, job.denoiser, widths, silent)
     first = replace(
         PruneConfig(allocation="explicit", stage_sparsity=(0.6, 0.0), steps=6, stages=2),
@@ -59,13 +59,13 @@ def test_a_linear_that_is_gone_is_named_with_its_stage():
     job = prepare(pipe, asked(steps=6, stages=2), None, None, prompts=LABELS)
     staged = staged_of(job, 0.5)
     with pytest.raises(ValueError, match=r"blocks\.0\.attn1\.to_out\.0.*no sample.*stage-0"):
-        collect(job, staged, reader_widths(job.layers), silent)
+        collect(job, staged, input_widths(job.layers), silent)
 
 
 def test_group_offloading_stays_on_and_a_staged_network_is_refused_under_it():
     pipe = tiny_pipeline(tiny_denoiser())
     job = prepare(pipe, asked(), None, None, prompts=LABELS)
-    widths = reader_widths(job.layers)
+    widths = input_widths(job.layers)
     plain = collect(job, job.denoiser, widths, silent)
     staged = staged_of(job, 0.3)
     apply_group_offloading(
@@ -90,13 +90,13 @@ def test_model_offloading_stays_on_for_the_dense_and_a_staged_network():
     found = []
     for pipe in pipes:
         job = prepare(pipe, config, None, None, prompts=LABELS)
-        dense = collect(job, job.denoiser, reader_widths(job.layers), silent)
+        dense = collect(job, job.denoiser, input_widths(job.layers), silent)
         narrow = replace(
             PruneConfig(allocation="explicit", stage_sparsity=(0.6, 0.3), steps=6, stages=2),
             include=("transformer_blocks.0.*",),
         )
         staged = cut(job.denoiser, narrow, scheduler=job.scheduler)
-        last = {n: w for n, w in reader_widths(job.layers).items() if "blocks.2" in n}
+        last = {n: w for n, w in input_widths(job.layers).items() if "blocks.2" in n}
         found.append((dense, collect(job, staged, last, silent)))
         assert pipe.transformer is job.denoiser
     assert hasattr(pipes[1].transformer, "_hf_hook") and pipes[1]._all_hooks
@@ -141,7 +141,7 @@ def test_guidance_by_two_calls_is_as_by_one_of_twice_the_rows():
         job = prepare(
             pipe, asked(steps=6, stages=3, guidance_scale=4.0), None, None, prompts=LABELS
         )
-        found.append(collect(job, job.denoiser, reader_widths(job.layers), silent))
+        found.append(collect(job, job.denoiser, input_widths(job.layers), silent))
         data.append(job.require_data("a test"))
     for one, two in zip(*found, strict=True):
         for name in one:

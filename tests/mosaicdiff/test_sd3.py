@@ -6,17 +6,19 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mosaicdiff import PruneConfig, StagedDenoiser
-from mosaicdiff.adapters import adapter_for, common
+from mosaicdiff.adapters import adapter_for
 from mosaicdiff.adapters.joint import JointBiasOnly, JointBiasOnlyBlock
 from mosaicdiff.adapters.sd3 import TEXT_TOKENS
 from mosaicdiff.allocation.planning import make_frame
-from mosaicdiff.pack import StageBuilder, dense_parts, narrow_parts
-from mosaicdiff.runtime import LayerState, StageInfo
+from mosaicdiff.pack import dense_parts
+from mosaicdiff.runtime import StageInfo
 from mosaicdiff.statistics.depth import measure_changes
 from mosaicdiff.statistics.noising import CalibrationSet, draw_noisy
+from mosaicdiff.surgery import Surgeon
 from mosaicdiff.trajectory.probe import Probe
 
 from .conftest import flow_scheduler, tiny_sd3, tiny_sd3_batches
+from .cutting import pack, states_of, zeroed
 
 #: SD3 itself, and SD3.5 with a second attention in the first and the last block.
 KINDS = {
@@ -52,39 +54,6 @@ KEPT = {
 }
 
 
-def states_of(dense, kept):
-    """What a stage that keeps these groups holds of its layers."""
-    states = {}
-    for layer in adapter_for(dense).layers(dense):
-        if layer.name in kept:
-            groups = torch.tensor(kept[layer.name], dtype=torch.long)
-            parts = narrow_parts(dense_parts(dense, layer), layer, groups)
-            states[layer.name] = LayerState(groups, parts)
-    return states
-
-
-def pack(dense, kept):
-    adapter, builder, states = adapter_for(dense), StageBuilder(dense), states_of(dense, kept)
-    for layer in adapter.layers(dense):
-        if layer.name in states:
-            state = states[layer.name]
-            adapter.replace(builder, layer, state.parts, len(state.kept))
-    adapter.simplify(builder)
-    return builder.root
-
-
-def zeroed(kind, kept):
-    """The dense model with the columns of every reader of the removed groups zeroed."""
-    model = tiny_sd3(**KINDS[kind]).double()
-    for layer in adapter_for(model).layers(model):
-        if layer.name in kept:
-            gone = sorted(set(range(layer.groups)) - set(kept[layer.name]))
-            columns = layer.columns(torch.tensor(gone, dtype=torch.long))
-            for reader in layer.readers:
-                model.get_submodule(reader).weight.data[:, columns] = 0
-    return model
-
-
 def call(model, dtype=torch.float64, timestep=640.0):
     _, inputs = tiny_sd3_batches(2)[0]
     latents = torch.randn(2, 2, 8, 8, generator=torch.manual_seed(5)).to(dtype)
@@ -100,7 +69,7 @@ def test_layers_are_in_network_order_and_the_last_text_stream_ends(kind):
     layers = adapter_for(model).layers(model)
     called = []
     for layer in layers:
-        model.get_submodule(layer.readers[0]).register_forward_hook(
+        model.get_submodule(layer.readers[0].module).register_forward_hook(
             lambda module, args, output, name=layer.name: called.append(name)
         )
     call(model, torch.float32)
@@ -118,7 +87,7 @@ def test_layers_are_in_network_order_and_the_last_text_stream_ends(kind):
 def test_packed_equals_zeroed_in_both_streams(kind, kept):
     dense = tiny_sd3(**KINDS[kind]).double()
     before = {k: v.clone() for k, v in dense.state_dict().items()}
-    expected = call(zeroed(kind, kept))
+    expected = call(zeroed(tiny_sd3(**KINDS[kind]).double(), kept))
     assert (call(pack(dense, kept)) - expected).abs().max() <= 1e-10
     if kept:
         assert (call(dense) - expected).abs().max() > 1e-3
@@ -129,7 +98,7 @@ def test_packed_equals_zeroed_in_both_streams(kind, kept):
 def test_each_layer_alone_matters_and_is_exact(name):
     kept = {f"{BLOCK}.0.{name}": UNEVEN[f"{BLOCK}.0.{name}"]}
     dense = tiny_sd3().double()
-    expected = call(zeroed("sd3.5", kept))
+    expected = call(zeroed(tiny_sd3().double(), kept))
     assert (call(pack(dense, kept)) - expected).abs().max() <= 1e-10
     assert (call(dense) - expected).abs().max() > 1e-3
 
@@ -139,7 +108,7 @@ def test_zeroing_one_stream_only_is_something_else():
     kept = {f"{BLOCK}.0.attn": [0, 3]}
     half = tiny_sd3().double()
     half.transformer_blocks[0].attn.to_out[0].weight.data[:, 8:24] = 0
-    assert (call(half) - call(zeroed("sd3.5", kept))).abs().max() > 1e-4
+    assert (call(half) - call(zeroed(tiny_sd3().double(), kept))).abs().max() > 1e-4
 
 
 def test_forgetting_the_head_count_is_caught():
@@ -156,12 +125,12 @@ def test_forgetting_the_head_count_is_caught():
 
 def test_replacing_writers_of_one_stream_only_is_caught():
     dense = tiny_sd3()
-    layer = adapter_for(dense).layers(dense)[0]
-    parts = narrow_parts(dense_parts(dense, layer), layer, torch.tensor([0]))
-    whole = dense_parts(dense, layer)
-    added = {name: whole[name] for name in parts if ".add_k_proj" in name}
+    layers = adapter_for(dense).layers(dense)
+    states = states_of(dense, {layers[0].name: [0]})
+    parts, whole = states[layers[0].name].parts, dense_parts(dense, layers[0])
+    parts |= {name: whole[name] for name in parts if ".add_k_proj" in name}
     with pytest.raises(ValueError, match="got 32 rows of add_k_proj for 1 heads"):
-        common.replace_linears(StageBuilder(dense), layer, parts | added, 1)
+        Surgeon(adapter_for(dense), layers).build(dense, states)
 
 
 def test_what_the_processor_reads_is_what_is_left():
@@ -177,14 +146,17 @@ def test_what_the_processor_reads_is_what_is_left():
 def test_parts_are_the_inverse_of_replace(kind):
     dense = tiny_sd3(**KINDS[kind])
     adapter = adapter_for(dense)
+    surgeon = Surgeon(adapter, adapter.layers(dense))
     for kept in (UNEVEN, NO_HEADS | NO_NEURONS):
         packed, states = pack(dense, kept), states_of(dense, kept)
+        groups = {name: state.kept for name, state in states.items()}
         for layer in adapter.layers(dense):
-            found, given = adapter.parts(packed, layer), states[layer.name].parts
+            given = states[layer.name].parts
+            found = surgeon.parts(packed, layer, groups)
             if kept[layer.name]:
                 assert found.keys() == given.keys()
             else:
-                assert set(found) == {f"{reader}.bias" for reader in layer.readers}
+                assert set(found) == {f"{reader.module}.bias" for reader in layer.readers}
             assert all(torch.equal(found[name], given[name]) for name in found)
 
 

@@ -92,7 +92,7 @@ def test_one_choice_of_heads_and_both_readers_refitted(compensation):
     data = CalibrationSet(tiny_sd3_batches(), adapter, model)
     generator = torch.Generator().manual_seed(stage.first)
     batches = draw_noisy(model, adapter, stage, frame.schedule, data, config, generator)
-    readers = {name: [] for layer in adapter.layers(model) for name in layer.readers}
+    readers = {name: [] for layer in adapter.layers(model) for name in layer.input_names}
     with (
         torch.no_grad(),
         capture_inputs(model, readers, lambda name, x: readers[name].append(x.flatten(0, 1))),
@@ -107,16 +107,16 @@ def test_one_choice_of_heads_and_both_readers_refitted(compensation):
             continue
         columns = layer.columns(kept)
         for reader in layer.readers:
-            x = torch.cat(readers[reader]).double()
+            x = torch.cat(readers[reader.name]).double()
             hessian = x.T @ x / len(x)
             hessian.diagonal().add_(config.damping * hessian.diagonal().mean())
-            weight = model.get_submodule(reader).weight.double()
+            weight = model.get_submodule(reader.module).weight.double()
             expected, condition = weight[:, columns], 1.0
             if compensation == "plain":
                 inside = hessian[columns][:, columns]
                 condition = float(torch.linalg.cond(inside))
                 expected = torch.linalg.solve(inside, (weight @ hessian)[:, columns].T).T
-            found = staged.stage_models[0].get_submodule(reader).weight.double()
+            found = staged.stage_models[0].get_submodule(reader.module).weight.double()
             # H is kept in float32.
             bound = 10 * torch.finfo(torch.float32).eps * condition * weight.abs().max()
             assert (found - expected).abs().max() <= bound

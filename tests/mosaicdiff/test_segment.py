@@ -58,7 +58,7 @@ def bins():
 
 
 def test_joined_bins_have_the_mean_hessian(bins):
-    reader = bins.layers[1].readers[0]
+    reader = bins.layers[1].readers[0].name
     parts = [row[reader].unpack(torch.device("cpu")) for row in bins.statistics]
     steps = bins.steps
     schedule = make_frame(linear_scheduler(), PruneConfig(steps=20)).schedule
@@ -133,8 +133,9 @@ def test_layers_left_whole_have_no_say_in_the_stages(bins):
         scaled = dict(row)
         for layer in bins.layers:
             if layer.block != "transformer_blocks.1":
-                part = row[layer.readers[0]]
-                scaled[layer.readers[0]] = replace(part, hessian=part.hessian * 10.0 ** (k % 2 * 4))
+                part = row[layer.readers[0].name]
+                louder = part.hessian * 10.0 ** (k % 2 * 4)
+                scaled[layer.readers[0].name] = replace(part, hessian=louder)
         statistics.append(scaled)
     loud = stages_from_data(job, replace(bins, statistics=statistics), silent)
     assert [p.firsts for p in loud] == [p.firsts for p in plain]

@@ -55,12 +55,12 @@ def test_a_weight_is_what_noise_in_a_layer_adds_to_the_output():
         for latents, timesteps, inputs in batches:
             with torch.no_grad():
                 clean = adapter.predict(denoiser, latents, timesteps, inputs)
-                reader = denoiser.get_submodule(layer.readers[0])
+                reader = denoiser.get_submodule(layer.readers[0].module)
                 handle = reader.register_forward_hook(disturb)
                 noisy = adapter.predict(denoiser, latents, timesteps, inputs)
                 handle.remove()
             added += float((noisy - clean).double().square().sum())
-        ratios.append(weights[1][layer.readers[0]] / (added / (amplitude**2 * elements)))
+        ratios.append(weights[1][layer.readers[0].name] / (added / (amplitude**2 * elements)))
     assert all(1 / 1.5 < ratio < 1.5 for ratio in ratios), ratios
     assert len(set(weights[1].values())) == len(layers)
 

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mosaicdiff.allocation.shares import layer_counts, score_give, stage_shares
-from mosaicdiff.groups import PrunableLayer
+from mosaicdiff.groups import Columns, PrunableLayer, Rows
 
 STAGES = st.integers(1, 6).flatmap(
     lambda n: st.tuples(
@@ -40,11 +40,10 @@ def test_score_give_is_clamped():
 
 def layers(blocks: int, heads: int, neurons: int, width: int = 32) -> list[PrunableLayer]:
     found = []
+    places = (Columns("r"),), (Rows("w"),)
     for i in range(blocks):
-        found.append(
-            PrunableLayer(f"{i}.attn", "heads", ("r",), ("w",), heads, width, 4 * width * 96)
-        )
-        found.append(PrunableLayer(f"{i}.ff", "neurons", ("r",), ("w",), neurons, 1, 2 * 96))
+        found.append(PrunableLayer(f"{i}.attn", "heads", *places, heads, width, 4 * width * 96))
+        found.append(PrunableLayer(f"{i}.ff", "neurons", *places, neurons, 1, 2 * 96))
     return found
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mosaicdiff.groups import PrunableLayer
+from mosaicdiff.groups import Columns, PrunableLayer, Rows
 from mosaicdiff.solving.solve import LayerProblem, Reader, fit_layer, trace_along, trace_layers
 from mosaicdiff.statistics.bank import HessianBank, Statistics
 
@@ -19,7 +19,7 @@ def problem(groups=12, width=1, rows=10, bias=True, tokens=400, seed=0, dead=())
         x[:, group * width : (group + 1) * width] = 0
     hessian, mean = x.T @ x / tokens, x.mean(0)
     layer = PrunableLayer(
-        "l", "heads" if width > 1 else "neurons", ("r",), ("w",), groups, width, 1
+        "l", "heads" if width > 1 else "neurons", (Columns("r"),), (Rows("w"),), groups, width, 1
     )
     weight = torch.randn(rows, n, generator=generator)
     statistics = Statistics(hessian, mean, float(tokens))

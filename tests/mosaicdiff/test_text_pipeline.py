@@ -8,7 +8,7 @@ import mosaicdiff
 from mosaicdiff import PruneConfig
 from mosaicdiff.evaluate import sample_images
 from mosaicdiff.evaluate.pictures import decode_latents
-from mosaicdiff.groups import reader_widths
+from mosaicdiff.groups import input_widths
 from mosaicdiff.request import prepare
 from mosaicdiff.sources import class_count
 from mosaicdiff.statistics.collect import collect
@@ -66,7 +66,7 @@ def by_hand(job, guidance):
         job.denoiser.get_submodule(name).register_forward_pre_hook(
             lambda module, args, name=name: seen.setdefault(name, []).append(args[0])
         )
-        for name in reader_widths(job.layers)
+        for name in input_widths(job.layers)
     ]
     handles.append(
         job.denoiser.register_forward_pre_hook(
@@ -111,7 +111,7 @@ def test_hessians_of_both_streams_are_those_summed_by_hand(pipe, guidance, stage
         steps=6, stages=stages, trajectory={"guidance_scale": guidance, "weights": weights}
     )
     job = prepare(pipe, config, None, None, prompts=PROMPTS)
-    readers = reader_widths(job.layers)
+    readers = input_widths(job.layers)
     kinds = {name.split(".", 2)[2] for name in readers}
     assert {"attn.to_out.0", "attn.to_add_out", "ff.net.2", "ff_context.net.2"} <= kinds
     got = collect(job, job.denoiser, readers, lambda *told: None)

@@ -66,7 +66,7 @@ def test_labels_stand_in_tables_too(tmp_path):
         ("p.csv", "text,x\na,1\n ,2\n", None, "'text' of every row, got an empty one (line 3 of"),
         ("p.csv", "text,x\na,1\nb, c,2\n", None, "as the header has columns, 2, got another"),
         ("p.csv", "text,x\na\n", None, "got another number (line 2 of"),
-        ("p.csv", 'text\n"a" b\n', None, "must be a table, but line 2 is none"),
+        ("p.csv", 'text\n"a" b\n', None, "must be a table, but the row after line 1 is none"),
         ("p.csv", "mine\na\n", None, "Name one (--prompt-column)"),
         ("p.csv", "text\na\n", "mine", "column 'mine' of every row, got no such column (line 2"),
         ("p.txt", "a\n", "text", "the column of prompts must be left out with a .txt file, got 'tex"),
