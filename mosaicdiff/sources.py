@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,7 +200,7 @@ def load_calibration(source: str | Path | None, pipe: DiffusionPipeline) -> list
         ValueError: the source is missing, of another kind, or holds nothing.
     """
     adapter = adapter_for_class(_denoiser_class(pipe))
-    names = [c.file_name for c in adapter.conditions if not c.optional]
+    names = [c.file_name for c in adapter.conditions if c.needed(find_denoiser(pipe)[1])]
     by_class = "labels" in names
     folder = ", or a folder of images with a sub-folder for each class"
     if source is None:
@@ -225,7 +225,7 @@ def load_calibration(source: str | Path | None, pipe: DiffusionPipeline) -> list
         raise ValueError(f"calibration: {path} must be a folder or a file, but there is none.")
     if path.suffix not in (".npz", ".safetensors"):
         raise ValueError(f"calibration: {path} must be a folder, a .npz or a .safetensors file.")
-    return [_latent_file(path, adapter)]
+    return [_latent_file(path, adapter, names)]
 
 
 def _denoiser_class(pipe: DiffusionPipeline) -> str:
@@ -235,7 +235,7 @@ def _denoiser_class(pipe: DiffusionPipeline) -> str:
     return type(denoiser).__name__
 
 
-def _latent_file(path: Path, adapter: Adapter) -> Batch:
+def _latent_file(path: Path, adapter: Adapter, conditions: Sequence[str]) -> Batch:
     try:
         if path.suffix == ".npz":
             with np.load(path, allow_pickle=False) as archive:
@@ -244,7 +244,7 @@ def _latent_file(path: Path, adapter: Adapter) -> Batch:
             held = load_file(path)
     except Exception as error:
         raise ValueError(f"calibration: {path} could not be read: {error}") from None
-    names = ["latents", *(c.file_name for c in adapter.conditions if not c.optional)]
+    names = ["latents", *conditions]
     if not set(names) <= set(held):
         needed = " and ".join(f"{name!r}" for name in names)
         raise ValueError(f"calibration: {path} must hold {needed}, got {sorted(held)}.")
