@@ -6,9 +6,10 @@ from typing import Any
 
 from .base import Adapter
 from .dit import DiTAdapter
+from .flux import FluxAdapter
 from .sd3 import SD3Adapter
 
-_ADAPTERS: tuple[Adapter, ...] = (DiTAdapter(), SD3Adapter())
+_ADAPTERS: tuple[Adapter, ...] = (DiTAdapter(), FluxAdapter(), SD3Adapter())
 
 #: Class names of the denoisers that can be pruned.
 DENOISER_CLASSES = tuple(adapter.denoiser_class for adapter in _ADAPTERS)
