@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from . import cases_b
 from .conftest import tiny_denoiser, tiny_sd3, tiny_sd3_batches
 
 
@@ -43,4 +44,10 @@ CASES: dict[str, FamilyCase] = {
     "sd3": FamilyCase(lambda: tiny_sd3(dual=(), qk_norm=None), _sd3),
     # diffusers cannot fuse a block with a second attention, cut or not.
     "sd3.5": FamilyCase(tiny_sd3, _sd3, fuses="has no attribute"),
+    "pixart-alpha": FamilyCase(
+        lambda: cases_b.tiny_pixart(use_additional_conditions=True), cases_b.pixart_alpha_batch
+    ),
+    "pixart-sigma": FamilyCase(cases_b.tiny_pixart, cases_b.pixart_batch),
+    "sd1.5": FamilyCase(cases_b.tiny_unet, cases_b.unet_batch),
+    "sdxl": FamilyCase(cases_b.tiny_sdxl, cases_b.sdxl_batch),
 }
