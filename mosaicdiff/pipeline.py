@@ -19,7 +19,7 @@ from .groups import Denoiser
 from .packages.prune import in_packages, prune_in_packages
 from .report import PruneReport
 from .reporting import report_of
-from .request import CalibrationSource, Job, prepare
+from .request import CalibrationSource, Job, prepare, sampling_of
 from .runtime import StagedDenoiser
 from .solving.fit import assemble, last_groups_removed
 from .sources import source_name
@@ -216,7 +216,8 @@ def cut(denoiser: Denoiser, config: PruneConfig, *, scheduler: Any) -> StagedDen
         raise ValueError(f"cut: budget must be a sparsity, got {config.budget}.")
     adapter = adapter_for(denoiser)
     layers = adapter.layers(denoiser)
-    made = share_plan(layers, make_frame(scheduler, config), config, config.budget.value)
+    frame = make_frame(scheduler, config, None, sampling_of(adapter, denoiser))
+    made = share_plan(layers, frame, config, config.budget.value)
     return assemble(adapter, denoiser, made, config, last_groups_removed(denoiser, made))
 
 

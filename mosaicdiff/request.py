@@ -17,7 +17,15 @@ from .config import PruneConfig
 from .groups import Denoiser, PrunableLayer
 from .patterns import check_patterns
 from .runtime import StagedDenoiser
-from .sources import DIGITS, class_count, find_denoiser, load_calibration, source_name
+from .sources import (
+    DIGITS,
+    Component,
+    class_count,
+    find_component,
+    find_denoisers,
+    load_calibration,
+    source_name,
+)
 from .statistics.calibration import Calibration
 from .statistics.calibration_file import check_made_for, load_calibration_file, made_for
 from .statistics.noising import Batch, CalibrationSet
@@ -30,7 +38,7 @@ from .statistics.prompts import (
 )
 from .statistics.sampled import SampledLatents
 from .targets import choose_targets, target_shares
-from .trajectory.schedule import is_flow
+from .trajectory.schedulers import Sampling, is_flow
 from .trajectory.weights import step_weights
 
 #: What clean latents may be handed over as.
@@ -56,6 +64,8 @@ class Job:
         component: under which name.
         prompts: that the pipeline is sampled with, where its own trajectories are seen.
         sampled: what it drew then; filled by the first run of the dense denoiser.
+        sampling: how the pipeline starts its sampler.
+        partner: the pipeline's other denoiser, which makes the steps before this one's.
     """
 
     denoiser: Denoiser
@@ -71,6 +81,8 @@ class Job:
     component: str | None
     prompts: Prompts | None = None
     sampled: SampledLatents = field(default_factory=SampledLatents)
+    sampling: Sampling = Sampling()
+    partner: Denoiser | None = None
 
     @property
     def device(self) -> torch.device:
@@ -101,10 +113,16 @@ def prepare(
     calibration: CalibrationSource,
     measured: Calibration | str | Path | None = None,
     prompts: PromptSource = None,
+    component: str | None = None,
 ) -> Job:
-    """Check a request; see `pipeline.prune` for the arguments and errors."""
+    """Check a request; see `pipeline.prune` for the arguments and errors.
+
+    Args:
+        component: which denoiser of a pipeline; the first that it calls by default.
+    """
     pipeline = model if isinstance(model, DiffusionPipeline) else None
-    component, denoiser = find_denoiser(pipeline) if pipeline is not None else (None, model)
+    part = _choose_part(model, component)
+    denoiser = part.denoiser
     if isinstance(denoiser, StagedDenoiser):
         raise ValueError(
             "prune: model must be dense, but it is pruned already. Prune the original instead."
@@ -119,7 +137,8 @@ def prepare(
             "It says how noisy each timestep is."
         )
     _check_family(adapter, scheduler)
-    sampling = _read_prompts(prompts, pipeline, config, measured is not None)
+    sampling = sampling_of(adapter, denoiser)
+    asked = _read_prompts(prompts, pipeline, config, measured is not None)
     layers = adapter.layers(denoiser)
     config = _with_ends(config, adapter, denoiser)
     # Refuse what no calibration could save before reading it; the power of its latents comes later.
@@ -129,7 +148,8 @@ def prepare(
         names = [layer.name for layer in layers]
     check_patterns(names, config.include, "include")
     check_patterns(names, config.exclude, "exclude")
-    _check_reach(layers, make_frame(scheduler, config), config, denoiser, adapter)
+    unmeasured = make_frame(scheduler, config, None, sampling, part.span)
+    _check_reach(layers, unmeasured, config, denoiser, adapter)
     if measured is not None:
         if config.removes_weights:
             raise ValueError(
@@ -138,7 +158,7 @@ def prepare(
             )
         if isinstance(measured, (str, Path)):
             measured = load_calibration_file(measured)
-        check_made_for(measured, made_for(denoiser, scheduler, config, sampling))
+        check_made_for(measured, made_for(denoiser, scheduler, config, asked))
     needless = config.activations == "trajectory" or (
         measured is not None and source_name(pipeline) != DIGITS
     )
@@ -149,23 +169,57 @@ def prepare(
         # Refuse before any work where the batches do not hold what a null condition is.
         first = {key: value[:1] for key, value in data.inputs.items()}
         adapter.null_inputs(denoiser, first, torch.ones(1, dtype=torch.bool))
-    power = measured.power if measured is not None else data.power if data is not None else 1.0
-    frame = make_frame(scheduler, config, power)
+    power = measured.power if measured is not None else data.power if data is not None else None
+    frame = make_frame(scheduler, config, power, sampling, part.span)
     costs = _check_reach(layers, frame, config, denoiser, adapter)
     return Job(
         denoiser, adapter, scheduler, layers, frame, config, costs, data, measured, pipeline,
-        component, sampling,
+        part.name or None, asked, sampling=sampling, partner=_partner(pipeline, part),
     )  # fmt: skip
 
 
-def _check_family(adapter: Adapter, scheduler: Any) -> None:
-    """Refuse a scheduler whose timesteps mean something else than those the denoiser is given."""
-    flow = adapter.sigma_scale is not None
-    if is_flow(scheduler) != flow:
+def _choose_part(model: DiffusionPipeline | Denoiser, component: str | None) -> Component:
+    """Return the denoiser that is asked for; a bare one has no name."""
+    if isinstance(model, DiffusionPipeline):
+        return find_component(model, component)
+    if component is not None:
         raise ValueError(
-            f"prune: scheduler must be {'flow matching' if flow else 'variance preserving'} for "
-            f"{adapter.denoiser_class}, got {type(scheduler).__name__}. Give the one the model "
-            "was trained for."
+            f"prune: component must be left out with a bare denoiser, got {component!r}. It names "
+            "a denoiser of a pipeline."
+        )
+    return Component("", model)
+
+
+def _partner(pipeline: DiffusionPipeline | None, part: Component) -> Denoiser | None:
+    """Return the denoiser that a pipeline calls before another."""
+    if pipeline is None or part.span.whole:
+        return None
+    before = [c.denoiser for c in find_denoisers(pipeline) if c.span.at_least == part.span.below]
+    return before[0] if before else None
+
+
+def sampling_of(adapter: Adapter, denoiser: Denoiser) -> Sampling:
+    """Return how the pipelines of a family start their sampler, at the denoiser's own size."""
+    tokens = getattr(adapter, "tokens", None)
+    return Sampling(
+        None if tokens is None else tokens(denoiser)["image"],
+        getattr(adapter, "passes_sigmas", False),
+        adapter.denoiser_class == "Flux2Transformer2DModel",
+    )
+
+
+def _check_family(adapter: Adapter, scheduler: Any) -> None:
+    """Refuse a scheduler of another family than the denoiser can have been trained with.
+
+    What a timestep means is the scheduler's to say. A denoiser that is given train timesteps (DiT,
+    PixArt, a U-Net) may have been trained with any family: it embeds whatever number comes, so
+    that 1000 sigma of a flow is as good, and nothing in its configuration tells. One whose
+    pipelines are written for sigmas (FLUX divides the time by 1000) has no other family.
+    """
+    if adapter.sigma_scale is not None and not is_flow(scheduler):
+        raise ValueError(
+            f"prune: scheduler must be flow matching for {adapter.denoiser_class}, got "
+            f"{type(scheduler).__name__}. Give the one the model was trained for."
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +17,45 @@ from . import digits
 from .adapters import Adapter, adapter_for_class
 from .groups import Denoiser
 from .runtime import StagedDenoiser
+from .single_file import load_single_file_pipeline
 from .statistics.noising import Batch
+from .trajectory.span import Span
 
 #: Name of the embedded model, wherever a model is asked for.
 DIGITS = "digits"
 
-_COMPONENTS = ("transformer", "unet")
+_SECOND = "transformer_2"
+_COMPONENTS = ("transformer", "unet", _SECOND)
 _IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
 _CHUNK = 64
 
 
 def load_pipeline(
-    model: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    model: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    config: str | Path | None = None,
 ) -> DiffusionPipeline:
-    """Load `digits`, a local diffusers folder or a Hub id, dense or staged.
+    """Load `digits`, a local diffusers folder, a Hub id or a single file, dense or staged.
+
+    Args:
+        model: which.
+        dtype: of the weights.
+        device: where they go.
+        config: of a single file, folder or Hub id of its pipeline; see
+            `load_single_file_pipeline`.
 
     Raises:
         ValueError: there is no such model, or the folder holds no pipeline.
     """
     path = digits.MODEL_FOLDER if str(model) == DIGITS else Path(model)
+    if path.suffix == ".safetensors":
+        return load_single_file_pipeline(path, config, dtype, device)
+    if config is not None:
+        raise ValueError(
+            f"load_pipeline: config must be left out but for a single file (.safetensors), got "
+            f"{str(config)!r} for {str(model)!r}, which has its own."
+        )
     if (path / "config.json").is_file() and not (path / "model_index.json").is_file():
         raise ValueError(
             f"load_pipeline: {path} must be a whole pipeline, but it is a single model. "
@@ -67,20 +88,73 @@ def load_pipeline(
     return pipe.to(device)
 
 
-def find_denoiser(pipe: DiffusionPipeline) -> tuple[str, Denoiser]:
-    """Return the component name and module of a pipeline's denoiser.
+@dataclass(frozen=True)
+class Component:
+    """A denoiser of a pipeline.
+
+    Args:
+        name: of the pipeline's attribute.
+        denoiser: the module.
+        span: the timesteps that the pipeline calls it at.
+    """
+
+    name: str
+    denoiser: Denoiser
+    span: Span = Span()
+
+
+def find_denoisers(pipe: DiffusionPipeline) -> tuple[Component, ...]:
+    """Return the denoisers of a pipeline, in the order in which it calls them.
+
+    Two are Wan 2.2's: with a `boundary_ratio` in its configuration, `transformer` is called from
+    that share of the train timesteps upwards and `transformer_2` below; without, `transformer_2`
+    is never called, and left out here. Either may be missing.
 
     Raises:
         ValueError: the pipeline has none.
     """
-    for name in _COMPONENTS:
-        module = getattr(pipe, name, None)
-        if isinstance(module, nn.Module):
-            return name, module
-    raise ValueError(
-        f"find_denoiser: pipeline must have one of {', '.join(_COMPONENTS)}, got "
-        f"{type(pipe).__name__} with {', '.join(pipe.components)}."
-    )
+    found = [
+        (name, module)
+        for name in _COMPONENTS
+        if isinstance(module := getattr(pipe, name, None), nn.Module)
+    ]
+    ratio = pipe.config.get("boundary_ratio")
+    components = []
+    if ratio is None:
+        components = [Component(*pair) for pair in found if pair[0] != _SECOND][:1]
+    else:
+        boundary = float(ratio) * pipe.scheduler.config.num_train_timesteps
+        for name, module in found:
+            span = Span(below=boundary) if name == _SECOND else Span(at_least=boundary)
+            components.append(Component(name, module, span))
+    if not components:
+        raise ValueError(
+            f"find_denoiser: pipeline must have one of {', '.join(_COMPONENTS[:-1])}, got "
+            f"{type(pipe).__name__} with {', '.join(pipe.components)}."
+        )
+    return tuple(components)
+
+
+def find_component(pipe: DiffusionPipeline, name: str | None = None) -> Component:
+    """Return the denoiser of that name, or the first that the pipeline calls.
+
+    Raises:
+        ValueError: the pipeline calls none of that name.
+    """
+    components = find_denoisers(pipe)
+    chosen = [c for c in components if name is None or c.name == name]
+    if not chosen:
+        raise ValueError(
+            f"find_denoiser: component must be one of {', '.join(c.name for c in components)}, "
+            f"got {name!r}: {type(pipe).__name__} calls no other."
+        )
+    return chosen[0]
+
+
+def find_denoiser(pipe: DiffusionPipeline) -> tuple[str, Denoiser]:
+    """Return name and module of the (first) denoiser of a pipeline; see `find_denoisers`."""
+    component = find_component(pipe)
+    return component.name, component.denoiser
 
 
 def source_name(pipe: DiffusionPipeline | None) -> str | None:

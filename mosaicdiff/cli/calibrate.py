@@ -20,6 +20,7 @@ from .common import (
     json_option,
     pick_device,
     pick_dtype,
+    pipeline_config_option,
     print_json,
     told_progress,
 )
@@ -38,6 +39,7 @@ from .request_options import calibration_options, read_config
 @click.argument("model")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="New file.")
 @calibration_options
+@pipeline_config_option
 @device_option
 @dtype_option
 @click.option("--overwrite", is_flag=True, help="Replace a file that is there.")
@@ -70,7 +72,7 @@ def calibrate(context: click.Context, as_json: bool, **options: Any) -> None:
     from ..sources import load_pipeline
     from ..statistics.calibration_file import save_calibration, stated_bytes
 
-    pipe = load_pipeline(options["model"], dtype, device)
+    pipe = load_pipeline(options["model"], dtype, device, options["pipeline_config"])
     job = prepare(pipe, config, None, options["calibration"], prompts=options["prompts"])
     stated = stated_bytes(job.layers, len(job.frame.division), traced=config.stage_count != "auto")
     values = {
