@@ -46,7 +46,7 @@ class CalibrationSet:
         latents, inputs = [], []
         for index, (latent, extra) in enumerate(batches):
             if not drawn:
-                _check_size(latent, adapter.latent_shape(denoiser))
+                _check_size(latent, adapter.latent_shape(denoiser), adapter.any_size)
             adapter.check_inputs(denoiser, latent, extra)
             if not torch.isfinite(latent).all():
                 raise ValueError(
@@ -86,9 +86,17 @@ class CalibrationSet:
             yield self.latents[rows], {key: value[rows] for key, value in self.inputs.items()}
 
 
-def _check_size(latents: torch.Tensor, expected: tuple[int, ...]) -> None:
-    """Refuse latents that are not (B, *expected)."""
-    if tuple(latents.shape[1:]) != expected:
+def _check_size(latents: torch.Tensor, native: tuple[int, ...], any_size: bool) -> None:
+    """Refuse latents that are not (B, *native); packed ones, (tokens, channels), have two sizes."""
+    expected: list[int | str] = list(native)
+    if any_size:
+        names = ["tokens"] if len(native) == 2 else ["frames", "height", "width"][4 - len(native) :]
+        expected = [*names, native[-1]] if len(native) == 2 else [native[0], *names]
+    fits = len(latents.shape) == len(expected) + 1 and all(
+        isinstance(want, str) or want == got
+        for want, got in zip(expected, latents.shape[1:], strict=True)
+    )
+    if not fits:
         raise ValueError(
             f"calibration: latents must be (B, {', '.join(map(str, expected))}), "
             f"got {tuple(latents.shape)}. They are VAE latents times its scaling factor."
