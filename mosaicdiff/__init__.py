@@ -12,6 +12,7 @@ from .integration import install as _install
 from .pipeline import PruneResult, calibrate, plan, prune
 from .runtime import StagedDenoiser
 from .search_config import SearchConfig
+from .single_file import load_single_file, load_single_file_pipeline, save_single_file
 from .sources import load_pipeline
 from .statistics.calibration import Calibration
 from .statistics.calibration_file import load_calibration_file, save_calibration
@@ -36,9 +37,12 @@ __all__ = [
     "divide",
     "load_calibration_file",
     "load_pipeline",
+    "load_single_file",
+    "load_single_file_pipeline",
     "plan",
     "prune",
     "save_calibration",
+    "save_single_file",
     "sweep",
 ]
 

@@ -51,7 +51,16 @@ def _write(staged: StagedDenoiser, folder: Path, variant: str | None) -> None:
     info = staged.info
     if info.report:
         write_text(folder / REPORT, json.dumps(info.report, indent=2) + "\n")
-    config = {
+    config = config_of(staged, storage, aliases)
+    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def config_of(
+    staged: StagedDenoiser, storage: dict[str, str], aliases: dict[str, str]
+) -> dict[str, Any]:
+    """Make the configuration of a checkpoint: everything but tensors; see `storage_of`."""
+    info = staged.info
+    return {
         "_class_name": "StagedDenoiser",
         "_diffusers_version": diffusers.__version__,
         "format_version": FORMAT_VERSION,
@@ -61,12 +70,12 @@ def _write(staged: StagedDenoiser, folder: Path, variant: str | None) -> None:
             for stage, steps in zip(info.division.stages, info.steps, strict=True)
         ],
         "boundaries": list(info.division.boundaries),
+        "timesteps": {"naming": info.division.naming, "total": info.division.total},
         "storage": storage,
         "aliases": aliases,
         "prune_config": info.prune_config,
         "source": info.source,
     }
-    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def storage_of(
@@ -203,7 +212,7 @@ def load(path: str | Path, **kwargs: Any) -> StagedDenoiser:
     dtype = torch.float32 if dtype is None else dtype
     tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
     report = folder / REPORT
-    return _assemble(
+    return assemble(
         config, tensors, json.loads(report.read_text()) if report.is_file() else {}, device
     )
 
@@ -251,7 +260,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise ValueError(f"StagedDenoiser: {folder} must hold {CONFIG}, but it does not.")
-    config = json.loads(path.read_text(encoding="utf-8"))
+    return check_config(json.loads(path.read_text(encoding="utf-8")), path)
+
+
+def check_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return the configuration of a checkpoint, read from `path`, if it is one of this version.
+
+    Raises:
+        ValueError: it is of another kind or version.
+    """
     if config.get("_class_name") != "StagedDenoiser":
         raise ValueError(
             f"StagedDenoiser: {path} must describe a StagedDenoiser, got "
@@ -266,12 +283,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _assemble(
+def assemble(
     config: dict[str, Any],
     tensors: dict[str, torch.Tensor],
     report: dict[str, Any],
     device: torch.device,
 ) -> StagedDenoiser:
+    """Build the staged denoiser of a checkpoint's configuration and tensors, by stored name.
+
+    Raises:
+        ValueError: a tensor is missing.
+    """
     adapter = adapter_for_class(config["base"]["class"])
     base = adapter.empty(config["base"]["config"])
     layers = adapter.layers(base)
@@ -290,6 +312,8 @@ def _assemble(
         division=Division(
             tuple(Stage(s["name"], s["first"], s["last"]) for s in config["stages"]),
             tuple(config["boundaries"]),
+            # Older files leave it to the family how timesteps are called.
+            **config.get("timesteps", {"naming": "sigma" if adapter.sigma_scale else "number"}),
         ),
         layers=layers,
         kept=kept,

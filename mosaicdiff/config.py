@@ -53,8 +53,9 @@ class PruneConfig:
         bins: of `stages="auto"`: how many runs of equal sampling steps are calibrated, whose
             edges may become boundaries.
         max_stages: of `stages="auto"`.
-        threshold: M, the share of the largest score at which the middle stage begins.
-        snr_weight: lambda, the weight of ln SNR in the score.
+        threshold: M, the share of the largest score at which the middle stage begins. None: the
+            schedule's usual one (`trajectory.schedule`).
+        snr_weight: lambda, the weight of ln SNR in the score. None: the schedule's usual one.
         max_sparsity: the most that one stage may give (benchmarks.bench_quality cap).
         criterion: `obs`, or a baseline: `magnitude`, `wanda`, `random`; and `dsnot` where single
             weights go.
@@ -118,8 +119,8 @@ class PruneConfig:
     boundaries: tuple[int, ...] | None = None
     bins: int = 10
     max_stages: int = 4
-    threshold: float = 0.55
-    snr_weight: float = 0.01
+    threshold: float | None = None
+    snr_weight: float | None = None
     max_sparsity: float = 0.95
     criterion: str = "obs"
     compensation: str = "plain"

@@ -197,12 +197,11 @@ def _check_shares(config: PruneConfig) -> None:
             _check_share(f"layer_sparsity[{name!r}]", share, closed=True)
     if not 0 < config.max_sparsity <= 1:
         raise ValueError(f"PruneConfig: max_sparsity must be in (0, 1], got {config.max_sparsity}.")
-    if not 0 < config.threshold < 1:
+    if config.threshold is not None and not 0 < config.threshold < 1:
         raise ValueError(f"PruneConfig: threshold must be in (0, 1), got {config.threshold}.")
-    if not (math.isfinite(config.snr_weight) and config.snr_weight >= 0):
-        raise ValueError(
-            f"PruneConfig: snr_weight must be finite and not negative, got {config.snr_weight}."
-        )
+    weight = config.snr_weight
+    if weight is not None and not (math.isfinite(weight) and weight >= 0):
+        raise ValueError(f"PruneConfig: snr_weight must be finite and not negative, got {weight}.")
     if not 0 <= config.null_share <= 1:
         raise ValueError(f"PruneConfig: null_share must be in [0, 1], got {config.null_share}.")
     if not (math.isfinite(config.damping) and config.damping >= 0):

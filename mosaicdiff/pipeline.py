@@ -16,10 +16,11 @@ from .allocation.latency_budget import with_latencies
 from .allocation.planning import PrunePlan, make_frame, share_plan
 from .config import PruneConfig
 from .groups import Denoiser
+from .inputs.asked import CalibrationSource
 from .packages.prune import in_packages, prune_in_packages
 from .report import PruneReport
 from .reporting import report_of
-from .request import CalibrationSource, Job, prepare
+from .request import Job, prepare, sampling_of
 from .runtime import StagedDenoiser
 from .solving.fit import assemble, last_groups_removed
 from .sources import source_name
@@ -56,7 +57,9 @@ def plan(
         ValueError: what is removed depends on a calibration that is not there yet.
     """
     return plan_of(
-        prepare(model, config or PruneConfig(), scheduler, calibration, measured, prompts, cache)
+        prepare(
+            model, config or PruneConfig(), scheduler, calibration, measured, prompts, cache=cache
+        )
     )
 
 
@@ -139,7 +142,9 @@ def prune(
         raise ValueError(
             f"prune: state must be left out with resume, which names the folder, got {state}."
         )
-    job = prepare(model, config or PruneConfig(), scheduler, calibration, measured, prompts, cache)
+    job = prepare(
+        model, config or PruneConfig(), scheduler, calibration, measured, prompts, cache=cache
+    )
     tell = progress or _silent
     # A bare denoiser stays the caller's own: the stages get tensors of theirs.
     base = job.denoiser if job.pipeline is not None else copy.deepcopy(job.denoiser)
@@ -226,7 +231,8 @@ def cut(denoiser: Denoiser, config: PruneConfig, *, scheduler: Any) -> StagedDen
         raise ValueError(f"cut: budget must be a sparsity, got {config.budget}.")
     adapter = adapter_for(denoiser)
     layers = adapter.layers(denoiser)
-    made = share_plan(layers, make_frame(scheduler, config), config, config.budget.value)
+    frame = make_frame(scheduler, config, None, sampling_of(adapter, denoiser))
+    made = share_plan(layers, frame, config, config.budget.value)
     return assemble(adapter, denoiser, made, config, last_groups_removed(denoiser, made))
 
 

@@ -8,6 +8,7 @@ from .bench import bench
 from .calibrate import calibrate
 from .doctor import doctor
 from .evaluate import evaluate
+from .families import families
 from .generate import generate
 from .info import info
 from .prune import prune
@@ -24,7 +25,7 @@ def main() -> None:
     """Prune diffusion models stage by stage, without retraining, and sample them faster."""
 
 
-for _command in (stages, calibrate, prune, sweep, generate, evaluate, bench, info, doctor):
+for _command in (stages, calibrate, prune, sweep, generate, evaluate, bench, info, families, doctor):
     main.add_command(_command)
 
 __all__ = ["main"]

@@ -19,6 +19,7 @@ from .common import (
     json_option,
     pick_device,
     pick_dtype,
+    pipeline_config_option,
     print_json,
     progress_bar,
 )
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 @click.option("--sparsity", default=0.33, show_default=True, help="For configurations.")
 @click.option("--round-to", default=64, show_default=True, help="For configurations.")
 @click.option("--repeats", default=10, show_default=True, help="Rounds over all networks.")
+@pipeline_config_option
 @device_option
 @dtype_option
 @json_option
@@ -52,6 +54,7 @@ def bench(
     sparsity: float,
     round_to: int,
     repeats: int,
+    pipeline_config: str | None,
     device: str,
     dtype: str,
     as_json: bool,
@@ -74,7 +77,7 @@ def bench(
         dense = random_denoiser(model, target, number)
         staged = random_staged(dense, config)
     else:
-        dense, staged = _load_pair(model, against, number, target)
+        dense, staged = _load_pair(model, against, number, target, pipeline_config)
     with progress_bar() as bar:
         task = bar.add_task("time", total=repeats + 1)
         report = measure_latency(
@@ -89,7 +92,9 @@ def bench(
     _print_report(model, report, sizes)
 
 
-def _load_pair(model: str, against: str | None, dtype: Any, device: Any) -> tuple[Any, Any]:
+def _load_pair(
+    model: str, against: str | None, dtype: Any, device: Any, place: str | None
+) -> tuple[Any, Any]:
     from ..evaluate.configurations import CONFIGURATIONS
     from ..runtime import StagedDenoiser
     from ..sources import find_denoiser, load_pipeline
@@ -99,13 +104,14 @@ def _load_pair(model: str, against: str | None, dtype: Any, device: Any) -> tupl
             f"bench: model must be a pruned folder or one of {', '.join(CONFIGURATIONS)}, "
             f"got {model!r}."
         )
-    _, staged = find_denoiser(load_pipeline(model, dtype, device))
+    _, staged = find_denoiser(load_pipeline(model, dtype, device, place))
     if not isinstance(staged, StagedDenoiser):
         raise ValueError(f"bench: {model} must be pruned, but it is dense. Prune it first.")
     source = against or staged.info.source
     if source is None:
         raise ValueError(f"bench: --against must name the dense model that {model} came from.")
-    return find_denoiser(load_pipeline(source, dtype, device))[1], staged
+    place = place if source.endswith(".safetensors") else None
+    return find_denoiser(load_pipeline(source, dtype, device, place))[1], staged
 
 
 def _print_report(model: str, report: LatencyReport, sizes: dict[str, tuple[int, int]]) -> None:

@@ -19,6 +19,7 @@ from .common import (
     json_option,
     pick_device,
     pick_dtype,
+    pipeline_config_option,
     print_json,
     prompt_source,
     told_progress,
@@ -38,6 +39,7 @@ from .request_options import calibration_options, read_config
 @click.argument("model")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="New file.")
 @calibration_options
+@pipeline_config_option
 @device_option
 @dtype_option
 @click.option("--overwrite", is_flag=True, help="Replace a file that is there.")
@@ -62,7 +64,7 @@ def calibrate(context: click.Context, as_json: bool, **options: Any) -> None:
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"--output must lie in a folder that can be written to, got {output}.")
     check_calibration(options["calibration"])
-    prompts = prompt_source(options)
+    prompts, cache = prompt_source(options), not options["no_cache"]
     device = pick_device(options["device"])
     dtype = pick_dtype(options["dtype"], device)
     from ..pipeline import calibrate_job
@@ -70,10 +72,8 @@ def calibrate(context: click.Context, as_json: bool, **options: Any) -> None:
     from ..sources import load_pipeline
     from ..statistics.calibration_file import save_calibration, stated_bytes
 
-    pipe = load_pipeline(options["model"], dtype, device)
-    job = prepare(
-        pipe, config, None, options["calibration"], prompts=prompts, cache=not options["no_cache"]
-    )
+    pipe = load_pipeline(options["model"], dtype, device, options["pipeline_config"])
+    job = prepare(pipe, config, None, options["calibration"], prompts=prompts, cache=cache)
     stated = stated_bytes(job.layers, len(job.frame.division), traced=config.stage_count != "auto")
     values = {
         "output": str(output),

@@ -33,6 +33,10 @@ dtype_option = click.option(
     show_default=True,
     help="auto: float32 on a CPU, bfloat16 on a GPU.",
 )
+pipeline_config_option = click.option(
+    "--pipeline-config",
+    help="Of a single file: folder or Hub id of its pipeline in diffusers' layout.",
+)
 
 
 def pipeline_option(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -31,7 +31,7 @@ def dry_run(
     from ..pipeline import plan_of
     from ..request import prepare
 
-    job = prepare(pipe, config, None, calibration, measured, prompts, cache)
+    job = prepare(pipe, config, None, calibration, measured, prompts, cache=cache)
     unit, by_share = config.budget.unit, config.allocation in ("score", "uniform", "explicit")
     known = by_share and unit == "sparsity"
     if measured is not None and config.allocation != "evolutionary":

@@ -18,6 +18,7 @@ from .common import (
     parse_pipeline_options,
     pick_device,
     pick_dtype,
+    pipeline_config_option,
     pipeline_option,
     print_json,
     progress_bar,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 )
 @click.option("--seed", default=0, show_default=True)
 @pipeline_option("Of its call")
+@pipeline_config_option
 @device_option
 @dtype_option
 @click.option(
@@ -69,12 +71,13 @@ def generate(
     guidance_scale: float | None,
     seed: int,
     pipeline_option: tuple[str, ...],
+    pipeline_config: str | None,
     device: str,
     dtype: str,
     output: Path,
     as_json: bool,
 ) -> None:
-    """Sample pictures from MODEL, dense or pruned: digits, a folder or a Hub id."""
+    """Sample pictures from MODEL, dense or pruned: digits, a folder, a Hub id or a file."""
     if steps is not None:
         check_positive(steps=steps)
     labels = None if classes is None else _parse_classes(classes)
@@ -96,7 +99,7 @@ def generate(
     from ..sources import load_pipeline
     from .plots import picture_grid
 
-    pipe = load_pipeline(model, pick_dtype(dtype, target), target)
+    pipe = load_pipeline(model, pick_dtype(dtype, target), target, pipeline_config)
     conditions = _conditions(pipe, labels, prompts)
     by_class = isinstance(conditions[0], int)
     if by_class:

@@ -1,4 +1,4 @@
-"""`mosaicdiff info`: what a pruned folder holds."""
+"""`mosaicdiff info`: what a pruned folder or file holds."""
 
 from __future__ import annotations
 
@@ -14,19 +14,25 @@ from .common import console, examples, guarded, human_bytes, human_count, json_o
 @json_option
 @guarded
 def info(folder: Path, as_json: bool) -> None:
-    """Print the stages and layers of a pruned pipeline or denoiser FOLDER; loads no weights."""
+    """Print the stages and layers of a pruned FOLDER or single file; loads no weights."""
     import json
 
     from ..checkpoint import REPORT, read_config
     from ..report import report_from_dict
 
-    if not folder.is_dir():
-        raise ValueError(f"info: {folder} must be a folder, but there is none.")
-    inner = [folder / name for name in ("transformer", "unet") if (folder / name).is_dir()]
-    place = inner[0] if inner else folder
-    config = read_config(place)
-    file = place / REPORT
-    report = json.loads(file.read_text()) if file.is_file() else None
+    if folder.suffix == ".safetensors" and folder.is_file():
+        from ..single_file import read_plan
+
+        plan = read_plan(folder)
+        place, config, report = folder, plan["checkpoint"], plan["report"] or None
+    elif folder.is_dir():
+        inner = [folder / name for name in ("transformer", "unet") if (folder / name).is_dir()]
+        place = inner[0] if inner else folder
+        config = read_config(place)
+        file = place / REPORT
+        report = json.loads(file.read_text()) if file.is_file() else None
+    else:
+        raise ValueError(f"info: {folder} must be a folder or a .safetensors, but there is none.")
     if as_json:
         print_json({"config": config, "report": report})
         return

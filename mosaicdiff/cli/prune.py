@@ -21,6 +21,7 @@ from .common import (
     json_option,
     pick_device,
     pick_dtype,
+    pipeline_config_option,
     print_json,
     prompt_source,
     told_progress,
@@ -36,6 +37,8 @@ from .request_options import (
 )
 
 if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
     from ..report import PruneReport
 
 
@@ -50,11 +53,17 @@ if TYPE_CHECKING:
         "mosaicdiff prune ./sd3 --output out/sd3 --activations trajectory --prompts prompts.txt "
         "--guidance-scale 5 --pipeline-option height=512 --pipeline-option width=512",
         "mosaicdiff prune ./DiT-XL-2-256 --calibration latents.npz --output out/dit --round-to 64",
+        "mosaicdiff prune sdxl.safetensors --pipeline-config ./sdxl --output pruned.safetensors "
+        "--calibration latents.safetensors",
         "mosaicdiff prune digits --output out/digits-30 --dry-run",
     )
 )
 @click.argument("model")
-@click.option("--output", type=click.Path(path_type=Path), help="New folder.")
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    help="New folder; of a single file also a new .safetensors in its layout.",
+)
 @budget_options
 @allocation_options
 @calibration_options
@@ -63,6 +72,7 @@ if TYPE_CHECKING:
     help="File that `mosaicdiff calibrate` wrote: the model is not run again.",
 )  # fmt: skip
 @package_options
+@pipeline_config_option
 @search_options
 @device_option
 @dtype_option
@@ -77,7 +87,7 @@ if TYPE_CHECKING:
 @click.pass_context
 @guarded
 def prune(context: click.Context, as_json: bool, **options: Any) -> None:
-    """Prune MODEL (digits, a diffusers folder or a Hub id) and save it under --output.
+    """Prune MODEL (digits, a diffusers folder, a Hub id or a .safetensors) and save it.
 
     At most one budget is given: --sparsity, --macs, --params, --size, --latency or --quality.
     """
@@ -96,16 +106,22 @@ def prune(context: click.Context, as_json: bool, **options: Any) -> None:
         check_device(device)
     from ..files import check_output_folder, whole_folder
     from ..pipeline import prune as run
+    from ..single_file import save_single_file
     from ..sources import DIGITS, load_pipeline
 
-    if output is not None:
+    model, place = options["model"], options["pipeline_config"]
+    in_one = output is not None and output.suffix == ".safetensors"
+    if output is not None and in_one:
+        _check_single_file(model, output, options["overwrite"])
+    elif output is not None:
         check_output_folder(output, options["overwrite"])
     calibration, measured = options["calibration"], options["measured"]
     check_calibration(calibration)
-    prompts = prompt_source(options)
-    pipe = load_pipeline(options["model"], dtype, device)
+    prompts, cache = prompt_source(options), not options["no_cache"]
+    pipe = load_pipeline(model, dtype, device, place)
+    if in_one:
+        _check_layout(model, pipe)
     if options["dry_run"] or output is None:
-        cache = not options["no_cache"]
         dry_run(pipe, config, calibration, measured, prompts, cache, as_json)
         return
     search = options["search_state"]
@@ -119,15 +135,19 @@ def prune(context: click.Context, as_json: bool, **options: Any) -> None:
     with told_progress(quiet=not world.is_first) as tell:
         result = run(
             pipe, config, calibration=calibration, measured=measured, prompts=prompts,
-            cache=not options["no_cache"], search_state=search, state=state, resume=resume,
-            progress=tell,
+            cache=cache, search_state=search, state=state, resume=resume, progress=tell,
         )  # fmt: skip
     if not world.is_first:
         return
     if result.denoiser.info.source == DIGITS:
         pipe.register_to_config(_name_or_path=DIGITS)  # not the place it is installed at
-    with whole_folder(output, options["overwrite"]) as temporary:
-        pipe.save_pretrained(temporary)
+    if in_one:
+        save_single_file(
+            result.denoiser, output, source=model, config=place, overwrite=options["overwrite"]
+        )
+    else:
+        with whole_folder(output, options["overwrite"]) as temporary:
+            pipe.save_pretrained(temporary)
     # What they found is in the output now.
     if search is not None and options["search_state"] is None:
         search.unlink(missing_ok=True)
@@ -149,6 +169,31 @@ def prune(context: click.Context, as_json: bool, **options: Any) -> None:
             f"({len(sparse.skipped[0])} linears stayed dense)",
             highlight=False,
         )
+
+
+def _check_single_file(model: str, output: Path, overwrite: bool) -> None:
+    """Refuse an output that is a file, before a model is loaded, where it cannot be written.
+
+    Raises:
+        ValueError: MODEL is no single file, or the output is there.
+    """
+    from ..single_file import check_target
+
+    if Path(model).suffix != ".safetensors":
+        raise ValueError(
+            f"--output must name a new folder for {model}, got {output}: only a model that came "
+            "in a single file has the layout to be written in one."
+        )
+    check_target(output, overwrite)
+
+
+def _check_layout(model: str, pipe: DiffusionPipeline) -> None:
+    """Refuse a file that the pruned model could not be written back as, before any work."""
+    from ..single_file import check_source
+    from ..sources import find_denoiser
+
+    _, denoiser = find_denoiser(pipe)
+    check_source(Path(model), type(denoiser).__name__, dict(denoiser.config))
 
 
 def _print_report(report: PruneReport, config: PruneConfig, output: Path) -> None:

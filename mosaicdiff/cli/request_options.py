@@ -22,6 +22,7 @@ from ..config_checks import (
     WEIGHTINGS,
 )
 from ..search_config import FITNESSES, GENES, STARTS, WITHIN, SearchConfig
+from ..trajectory.schedule import FLOW_SNR_WEIGHT, FLOW_THRESHOLD, SNR_WEIGHT, THRESHOLD
 from ..trajectory.weights import WEIGHTS as STEP_WEIGHTS
 from ..trajectory_config import TrajectoryConfig
 from .common import parse_pipeline_options, pipeline_option
@@ -137,8 +138,18 @@ calibration_options = _options(
     batch_option,
     _number("--seed", "Of all that is drawn."),
     _number("--steps", "Sampling steps that the plan is made for."),
-    _number("--threshold", "M: the middle stage is where the score is so much of its largest."),
-    _number("--snr-weight", "lambda: weight of ln SNR in the score."),
+    click.option(
+        "--threshold",
+        type=float,
+        help="M: the middle stage is where the score is so much of its largest.  "
+        f"[default: {THRESHOLD:g}; {FLOW_THRESHOLD:g} with flow matching]",
+    ),
+    click.option(
+        "--snr-weight",
+        type=float,
+        help="lambda: weight of ln SNR in the score.  "
+        f"[default: {SNR_WEIGHT:g}; {FLOW_SNR_WEIGHT:g} with flow matching]",
+    ),
     _number("--null-share", "Share of calibration samples with the null condition."),
     _choice("--criterion", CRITERIA, "What is worth keeping: second order, or a baseline."),
     _choice(

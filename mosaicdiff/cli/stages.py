@@ -7,7 +7,14 @@ from typing import Any
 
 import click
 
-from .common import console, examples, guarded, json_option, print_json
+from .common import (
+    console,
+    examples,
+    guarded,
+    json_option,
+    pipeline_config_option,
+    print_json,
+)
 
 
 @click.command(
@@ -24,6 +31,7 @@ from .common import console, examples, guarded, json_option, print_json
 @click.option("--threshold", default=0.55, show_default=True, help="M: where the middle begins.")
 @click.option("--snr-weight", default=0.01, show_default=True, help="lambda, weight of ln SNR.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the curves into this file.")
+@pipeline_config_option
 @json_option
 @guarded
 def stages(
@@ -33,6 +41,7 @@ def stages(
     threshold: float,
     snr_weight: float,
     plot: Path | None,
+    pipeline_config: str | None,
     as_json: bool,
 ) -> None:
     """Divide the trajectory of MODEL, or of a named schedule, into stages.
@@ -56,7 +65,7 @@ def stages(
         noise = NoiseSchedule.named(schedule)
         scheduler = _ddim(noise)
     else:
-        scheduler, latents, denoiser = _read_model(str(model))
+        scheduler, latents, denoiser = _read_model(str(model), pipeline_config)
         noise = NoiseSchedule.from_scheduler(scheduler)
         if latents is not None:
             power = float(latents.double().square().mean())
@@ -126,13 +135,14 @@ def _measure(noise: Any, latents: Any, denoiser: Any, scheduler: Any) -> dict[st
     }
 
 
-def _read_model(model: str) -> tuple[Any, Any, Any]:
+def _read_model(model: str, place: str | None) -> tuple[Any, Any, Any]:
     """Return a model's scheduler, its latents where it carries its own data, and its denoiser."""
     import torch
 
-    from ..sources import DIGITS, find_denoiser, load_calibration, load_pipeline
+    from ..inputs.load import load_calibration
+    from ..sources import DIGITS, find_denoiser, load_pipeline
 
-    pipe = load_pipeline(model)
+    pipe = load_pipeline(model, config=place)
     latents = None
     if model == DIGITS:
         latents = torch.cat([batch for batch, _ in load_calibration(None, pipe)])

@@ -19,6 +19,7 @@ from .common import (
     json_option,
     pick_device,
     pick_dtype,
+    pipeline_config_option,
     print_json,
     prompt_source,
     told_progress,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @allocation_options
 @calibration_options
+@pipeline_config_option
 @device_option
 @dtype_option
 @json_option
@@ -79,7 +81,8 @@ def sweep(context: click.Context, as_json: bool, **options: Any) -> None:
     first = config.allocation
     others = [name for name in (options["against"] or "").split(",") if name and name != first]
     device = pick_device(options["device"])
-    pipe = load_pipeline(options["model"], pick_dtype(options["dtype"], device), device)
+    dtype = pick_dtype(options["dtype"], device)
+    pipe = load_pipeline(options["model"], dtype, device, options["pipeline_config"])
     with told_progress() as tell:
         points = run(
             pipe, budgets, config, allocations=[first, *others], measure=options["measure"],

@@ -12,7 +12,7 @@ import mosaicdiff
 from mosaicdiff import PruneConfig, StagedDenoiser
 from mosaicdiff.adapters import adapter_for
 from mosaicdiff.allocation.planning import make_frame
-from mosaicdiff.sources import load_calibration
+from mosaicdiff.inputs.load import load_calibration
 from mosaicdiff.statistics.capture import capture_inputs
 from mosaicdiff.statistics.noising import CalibrationSet, draw_noisy
 

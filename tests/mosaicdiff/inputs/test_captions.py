@@ -62,7 +62,10 @@ def test_a_folder_without_captions(tmp_path):
         ({"a.png": None, "a.txt": "  \n"}, "must hold a caption, but it is empty"),
         ({"a.png": None, "a.jpg": None, "a.txt": "x"}, "got a.jpg and a.png for one caption"),
         ({"a.png": None, "metadata.csv": "text\nx\n"}, "in column 'file_name', got text (line 2"),
-        ({"a.png": None, "metadata.csv": "file_name,text\nb.png,x\n"}, "file of the folder, got 'b.p"),
+        (
+            {"a.png": None, "metadata.csv": "file_name,text\nb.png,x\n"},
+            "file of the folder, got 'b.p",
+        ),
         ({"a.md": "", "metadata.csv": "file_name,text\na.md,x\n"}, "must be an image, got 'a.md'"),
         ({"metadata.jsonl": "[1]\n"}, "rows must be JSON objects, got [1] (line 1 of"),
         ({"metadata.csv": "a", "metadata.jsonl": ""}, "must hold one table of captions"),

@@ -69,7 +69,12 @@ def test_labels_stand_in_tables_too(tmp_path):
         ("p.csv", 'text\n"a" b\n', None, "must be a table, but the row after line 1 is none"),
         ("p.csv", "mine\na\n", None, "Name one (--prompt-column)"),
         ("p.csv", "text\na\n", "mine", "column 'mine' of every row, got no such column (line 2"),
-        ("p.txt", "a\n", "text", "the column of prompts must be left out with a .txt file, got 'tex"),
+        (
+            "p.txt",
+            "a\n",
+            "text",
+            "the column of prompts must be left out with a .txt file, got 'tex",
+        ),
     ],
 )
 def test_tables_that_hold_none_are_refused(tmp_path, name, content, column, message):

@@ -1,0 +1,67 @@
+"""Read a pruned single file."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from ..checkpoint import assemble, check_config
+from ..runtime import StagedDenoiser
+from .plan import read_plan, unpack_kept
+
+
+def load_single_file(
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> StagedDenoiser:
+    """Read the denoiser of a file that `save_single_file` wrote.
+
+    Args:
+        path: the `.safetensors`; nothing else is needed, its metadata hold the configuration.
+        dtype: of the weights.
+        device: where they go.
+
+    Raises:
+        ValueError: the file was not written by `save_single_file`, or not all of it is there.
+    """
+    plan = read_plan(path)
+    config = check_config(plan["checkpoint"], Path(path))
+    tensors = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in _stored(Path(path), plan, device).items()
+    }
+    tensors |= {name: unpack_kept(packed) for name, packed in plan["kept"].items()}
+    return assemble(config, tensors, plan["report"], torch.device(device))
+
+
+def _stored(
+    path: Path, plan: dict[str, Any], device: str | torch.device
+) -> dict[str, torch.Tensor]:
+    """Take the tensors of a checkpoint out of those of a file."""
+    held = load_file(path, device=str(device))
+    found: dict[str, list[tuple[int, torch.Tensor]]] = defaultdict(list)
+    for name, parts in plan["tensors"].items():
+        if name not in held:
+            raise ValueError(f"load_single_file: {path} must hold {name}, but it does not.")
+        if isinstance(parts, str):
+            found[parts].append((0, held[name]))
+            continue
+        if sum(rows for _, _, rows in parts) != len(held[name]):
+            raise ValueError(
+                f"load_single_file: {name} must have {sum(rows for _, _, rows in parts)} rows, got "
+                f"{len(held[name])} in {path}."
+            )
+        split = held[name].split([rows for _, _, rows in parts])
+        for (stored, start, _), rows in zip(parts, split, strict=True):
+            found[stored].append((start, rows))
+    return {
+        stored: rows[0][1].contiguous() if len(rows) == 1
+        else torch.cat([part for _, part in sorted(rows, key=lambda one: one[0])])
+        for stored, rows in found.items()
+    }  # fmt: skip

@@ -1,0 +1,46 @@
+"""Tiny denoisers of every family, each with a batch that it can be called with."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .conftest import tiny_denoiser, tiny_sd3, tiny_sd3_batches
+
+
+@dataclass(frozen=True)
+class FamilyCase:
+    """One family, or one kind of it.
+
+    Args:
+        make: builds the denoiser with random weights, always the same, in float32.
+        batch: latents (B, ...) as the scheduler steps them, timesteps (B,) as it calls them, and
+            the conditions of a calibration batch; float32.
+        fuses: what is raised where projections are fused after cutting, which is refused; None
+            where that is fine.
+    """
+
+    make: Callable[[], Any]
+    batch: Callable[[], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
+    fuses: str | None = None
+
+
+def _dit() -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    latents = torch.randn(2, 2, 8, 8, generator=torch.manual_seed(5))
+    return latents, torch.tensor([640, 640]), {"class_labels": torch.tensor([1, 3])}
+
+
+def _sd3() -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    latents = torch.randn(2, 2, 8, 8, generator=torch.manual_seed(5))
+    _, inputs = tiny_sd3_batches(2)[0]
+    inputs = {k: v for k, v in inputs.items() if not k.startswith("negative_")}
+    return latents, torch.full((2,), 640.0), inputs
+
+
+CASES: dict[str, FamilyCase] = {
+    "dit": FamilyCase(tiny_denoiser, _dit),
+    "sd3": FamilyCase(lambda: tiny_sd3(dual=(), qk_norm=None), _sd3),
+    # diffusers cannot fuse a block with a second attention, cut or not.
+    "sd3.5": FamilyCase(tiny_sd3, _sd3, fuses="has no attribute"),
+}
