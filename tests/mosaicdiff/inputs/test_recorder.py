@@ -119,7 +119,7 @@ def test_texts_are_encoded_once_and_the_denoiser_does_not_run(sdxl):
         calls[name] += 1
 
     for name in calls:
-        for module in getattr(sdxl, name).modules():
+        for module in getattr(sdxl, name).children():
             module.register_forward_hook(functools.partial(count, name=name))
     texts = [f"cat {n}" for n in range(10)]
     whole = record(sdxl, texts)
