@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def latent_files(folder: Path) -> list[Path]:
 
 
 def read_latents(
-    path: Path, adapter: Adapter, texts: bool = False
+    path: Path, adapter: Adapter, needed: Sequence[str], texts: bool = False
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """Read latents with their conditions.
 
@@ -30,6 +31,7 @@ def read_latents(
         adapter: of the denoiser; it says what the conditions are called. A null condition is
             `negative_<name>`. Null conditions and those of a call have one row, or as many as
             there are latents.
+        needed: names of the conditions that must be there.
         texts: whether the conditions come from texts instead: then the file must hold none.
 
     Returns:
@@ -46,9 +48,7 @@ def read_latents(
             held = load_file(path)
     except Exception as error:
         raise ValueError(f"calibration: {path} could not be read: {error}") from None
-    needed = ["latents"]
-    if not texts:
-        needed += [c.file_name for c in adapter.conditions if not c.optional]
+    needed = ["latents", *(() if texts else needed)]
     if not set(needed) <= set(held):
         names = " and ".join(f"{name!r}" for name in needed)
         raise ValueError(f"calibration: {path} must hold {names}, got {sorted(held)}.")

@@ -59,7 +59,8 @@ def load_calibration(
         ValueError: the source is missing, of another kind, or holds nothing.
     """
     adapter = adapter_for_class(_denoiser_class(pipe))
-    names = [c.file_name for c in adapter.conditions if not c.optional]
+    denoisers = [component.denoiser for component in find_denoisers(pipe)]
+    names = [c.file_name for c in adapter.conditions if c.needed(denoisers[0])]
     by_class = "labels" in names
     if source is None:
         if source_name(pipe) != DIGITS:
@@ -81,11 +82,10 @@ def load_calibration(
             )
         if not files:
             return list(_encode_folder(pipe, path))
-    denoisers = [component.denoiser for component in find_denoisers(pipe)]
     takes_text = find_condition(type(pipe).__call__) == "prompt"
     how = TextInputs(pipe, denoisers, adapter, dict(options or {}), steps, cache)
     if files:
-        return _read_files(files, adapter, prompts, how if takes_text else None)
+        return _read_files(files, adapter, names, prompts, how if takes_text else None)
     if not takes_text:
         raise ValueError(
             f"calibration: {path} must hold .npz or .safetensors files with latents and "
@@ -147,6 +147,7 @@ def _check_count(count: int, what: str, place: Path, prompts: Sequence[str]) -> 
 def _read_files(
     files: Sequence[Path],
     adapter: Adapter,
+    names: Sequence[str],
     prompts: Sequence[str] | None,
     how: TextInputs | None,
 ) -> list[Batch]:
@@ -156,7 +157,7 @@ def _read_files(
             "calibration: prompts must be left out for a pipeline that takes none, got "
             f"{len(prompts)}."
         )
-    batches = [read_latents(path, adapter, texts=prompts is not None) for path in files]
+    batches = [read_latents(path, adapter, names, texts=prompts is not None) for path in files]
     if prompts is None or how is None:
         return batches
     total = sum(len(latents) for latents, _ in batches)

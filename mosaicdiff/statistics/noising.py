@@ -51,7 +51,7 @@ class CalibrationSet:
     ) -> None:
         latents: list[torch.Tensor] = []
         inputs: list[dict[str, torch.Tensor]] = []
-        fixed = not drawn and hasattr(denoiser.config, "sample_size")
+        fixed = not (drawn or adapter.any_size)
         squares, numbers = 0.0, 0
         for index, (latent, extra) in enumerate(batches):
             _check_size(latent, adapter.latent_shape(denoiser), fixed)

@@ -73,7 +73,7 @@ def test_labels_stand_in_tables_too(tmp_path):
             "p.txt",
             "a\n",
             "text",
-            "the column of prompts must be left out with a .txt file, got 'tex",
+            "column of prompts must be left out with a .txt file, got 'tex",
         ),
     ],
 )
