@@ -16,10 +16,11 @@ from .allocation.latency_budget import with_latencies
 from .allocation.planning import PrunePlan, make_frame, share_plan
 from .config import PruneConfig
 from .groups import Denoiser
+from .inputs.asked import CalibrationSource
 from .packages.prune import in_packages, prune_in_packages
 from .report import PruneReport
 from .reporting import report_of
-from .request import CalibrationSource, Job, prepare, sampling_of
+from .request import Job, prepare, sampling_of
 from .runtime import StagedDenoiser
 from .solving.fit import assemble, last_groups_removed
 from .sources import source_name

@@ -64,7 +64,7 @@ def calibrate(context: click.Context, as_json: bool, **options: Any) -> None:
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"--output must lie in a folder that can be written to, got {output}.")
     check_calibration(options["calibration"])
-    prompts = prompt_source(options)
+    prompts, cache = prompt_source(options), not options["no_cache"]
     device = pick_device(options["device"])
     dtype = pick_dtype(options["dtype"], device)
     from ..pipeline import calibrate_job
@@ -73,9 +73,7 @@ def calibrate(context: click.Context, as_json: bool, **options: Any) -> None:
     from ..statistics.calibration_file import save_calibration, stated_bytes
 
     pipe = load_pipeline(options["model"], dtype, device, options["pipeline_config"])
-    job = prepare(
-        pipe, config, None, options["calibration"], prompts=prompts, cache=not options["no_cache"]
-    )
+    job = prepare(pipe, config, None, options["calibration"], prompts=prompts, cache=cache)
     stated = stated_bytes(job.layers, len(job.frame.division), traced=config.stage_count != "auto")
     values = {
         "output": str(output),

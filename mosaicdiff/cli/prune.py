@@ -117,12 +117,11 @@ def prune(context: click.Context, as_json: bool, **options: Any) -> None:
         check_output_folder(output, options["overwrite"])
     calibration, measured = options["calibration"], options["measured"]
     check_calibration(calibration)
-    prompts = prompt_source(options)
+    prompts, cache = prompt_source(options), not options["no_cache"]
     pipe = load_pipeline(model, dtype, device, place)
     if in_one:
         _check_layout(model, pipe)
     if options["dry_run"] or output is None:
-        cache = not options["no_cache"]
         dry_run(pipe, config, calibration, measured, prompts, cache, as_json)
         return
     search = options["search_state"]
@@ -136,8 +135,7 @@ def prune(context: click.Context, as_json: bool, **options: Any) -> None:
     with told_progress(quiet=not world.is_first) as tell:
         result = run(
             pipe, config, calibration=calibration, measured=measured, prompts=prompts,
-            cache=not options["no_cache"], search_state=search, state=state, resume=resume,
-            progress=tell,
+            cache=cache, search_state=search, state=state, resume=resume, progress=tell,
         )  # fmt: skip
     if not world.is_first:
         return
