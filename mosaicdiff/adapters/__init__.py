@@ -9,12 +9,14 @@ from .dit import DiTAdapter
 from .pixart import PixArtAdapter
 from .sd3 import SD3Adapter
 from .unet import UNetAdapter
+from .wan import WanAdapter
 
 _ADAPTERS: tuple[Adapter, ...] = (
     DiTAdapter(),
     PixArtAdapter(),
     SD3Adapter(),
     UNetAdapter(),
+    WanAdapter(),
 )
 
 #: Class names of the denoisers that can be pruned.

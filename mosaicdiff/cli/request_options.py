@@ -148,12 +148,14 @@ calibration_options = _options(
     _number("--seed", "Of all that is drawn."),
     _number("--steps", "Sampling steps that the plan is made for."),
     click.option(
-        "--threshold", type=float,
+        "--threshold",
+        type=float,
         help="M: the middle stage is where the score is so much of its largest.  "
         f"[default: {THRESHOLD:g}; {FLOW_THRESHOLD:g} with flow matching]",
     ),
     click.option(
-        "--snr-weight", type=float,
+        "--snr-weight",
+        type=float,
         help="lambda: weight of ln SNR in the score.  "
         f"[default: {SNR_WEIGHT:g}; {FLOW_SNR_WEIGHT:g} with flow matching]",
     ),
