@@ -147,7 +147,7 @@ def _kept(info: StageInfo, stage: int, layer: PrunableLayer) -> torch.Tensor:
 
 
 def _union_groups(kept: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat(kept).unique()
+    return torch.cat([torch.empty(0, dtype=torch.long), *kept]).unique()
 
 
 def _union(

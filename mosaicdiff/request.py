@@ -15,6 +15,7 @@ from .allocation.costs import CostModel, layer_sizes
 from .allocation.planning import Frame, effort_bounds, make_frame, share_plan
 from .config import PruneConfig
 from .groups import Denoiser, PrunableLayer
+from .inputs.batching import fitting_rows
 from .patterns import check_patterns
 from .runtime import StagedDenoiser
 from .sources import (
@@ -114,6 +115,7 @@ def prepare(
     measured: Calibration | str | Path | None = None,
     prompts: PromptSource = None,
     component: str | None = None,
+    cache: bool = True,
 ) -> Job:
     """Check a request; see `pipeline.prune` for the arguments and errors.
 
@@ -138,7 +140,12 @@ def prepare(
         )
     _check_family(adapter, scheduler)
     sampling = sampling_of(adapter, denoiser)
-    asked = _read_prompts(prompts, pipeline, config, measured is not None)
+    asked, captions = None, None
+    if config.activations == "noised":
+        captions = _read_captions(prompts, pipeline, calibration)
+        _check_encoding(config, pipeline, calibration, captions)
+    else:
+        asked = _read_prompts(prompts, pipeline, config, measured is not None)
     layers = adapter.layers(denoiser)
     config = _with_ends(config, adapter, denoiser)
     # Refuse what no calibration could save before reading it; the power of its latents comes later.
@@ -164,14 +171,16 @@ def prepare(
     )
     data = None
     if calibration is not None or not needless:
-        data = _read_data(calibration, pipeline, adapter, denoiser)
+        encoding = _Encoding(captions, config, cache)
+        data = _read_data(calibration, pipeline, adapter, denoiser, encoding)
     if data is not None and measured is None and config.null_share > 0:
         # Refuse before any work where the batches do not hold what a null condition is.
-        first = {key: value[:1] for key, value in data.inputs.items()}
+        _, first = data.take(torch.zeros(1, dtype=torch.long))
         adapter.null_inputs(denoiser, first, torch.ones(1, dtype=torch.bool))
     power = measured.power if measured is not None else data.power if data is not None else None
     frame = make_frame(scheduler, config, power, sampling, part.span)
     costs = _check_reach(layers, frame, config, denoiser, adapter)
+    config = _with_batch(config, adapter, denoiser, frame, data)
     return Job(
         denoiser, adapter, scheduler, layers, frame, config, costs, data, measured, pipeline,
         part.name or None, asked, sampling=sampling, partner=_partner(pipeline, part),
@@ -240,14 +249,6 @@ def _read_prompts(
     optional: bool,
 ) -> Prompts | None:
     """Read what to sample with, and try the settings of the run."""
-    if config.activations == "noised":
-        if prompts is not None:
-            raise ValueError(
-                "prune: prompts must be left out with activations='noised', which sees noised "
-                f"latents, got {str(prompts):.60}. Ask for activations='trajectory' "
-                "(--activations trajectory)."
-            )
-        return None
     if pipeline is None:
         raise ValueError(
             "prune: model must be a pipeline with activations='trajectory', got a bare denoiser: "
@@ -272,20 +273,114 @@ def _read_prompts(
     )
 
 
+def _read_captions(
+    prompts: PromptSource,
+    pipeline: DiffusionPipeline | None,
+    calibration: CalibrationSource,
+) -> Prompts | None:
+    """Read prompts that are captions of clean images or latents."""
+    if prompts is None:
+        return None
+    if pipeline is None or not isinstance(calibration, (str, Path)):
+        raise ValueError(
+            "prune: prompts must be left out with activations='noised' and no images or latents "
+            f"in files, whose captions they are, got {str(prompts):.60}. Name those "
+            "(--calibration FOLDER), or ask for activations='trajectory' (--activations "
+            "trajectory)."
+        )
+    if condition_argument(type(pipeline).__call__) != "prompt":
+        raise ValueError(
+            "prune: prompts must be left out with activations='noised' for a class-conditional "
+            f"pipeline, whose sources hold labels, got {str(prompts):.60}."
+        )
+    return read_prompts(prompts, "prompt")
+
+
+def _check_encoding(
+    config: PruneConfig,
+    pipeline: DiffusionPipeline | None,
+    calibration: CalibrationSource,
+    captions: Prompts | None,
+) -> None:
+    """Refuse settings of the pipeline's call where nothing is encoded by it."""
+    trajectory = config.trajectory
+    if trajectory.guidance_scale is None and not trajectory.options:
+        return
+    folder = isinstance(calibration, (str, Path)) and Path(calibration).is_dir()
+    if pipeline is None or not (captions is not None or folder):
+        raise ValueError(
+            "prune: trajectory must be left out with activations='noised' where no texts are "
+            f"encoded, got {trajectory.to_dict(config.steps)}. Give images with captions, or ask "
+            "for activations='trajectory' (--activations trajectory)."
+        )
+    call_options(type(pipeline).__call__, trajectory)
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """How a pipeline makes calibration batches of texts and images."""
+
+    captions: Prompts | None
+    config: PruneConfig
+    cache: bool
+
+
 def _read_data(
     calibration: CalibrationSource,
     pipeline: DiffusionPipeline | None,
     adapter: Adapter,
     denoiser: Denoiser,
+    encoding: _Encoding,
 ) -> CalibrationSet:
+    sized = False
     if calibration is None or isinstance(calibration, (str, Path)):
         if pipeline is None:
             raise ValueError(
                 "prune: calibration must be batches of (latents, inputs) with a bare denoiser, "
                 f"got {calibration!r}."
             )
-        calibration = load_calibration(calibration, pipeline)
-    return CalibrationSet(calibration, adapter, denoiser)
+        options = call_options(type(pipeline).__call__, encoding.config.trajectory)
+        sized = bool({"height", "width", "num_frames"} & set(options))
+        captions = encoding.captions
+        calibration = load_calibration(
+            calibration,
+            pipeline,
+            prompts=None if captions is None else [str(value) for value in captions.values],
+            options=options,
+            steps=encoding.config.steps,
+            cache=encoding.cache,
+        )
+    return CalibrationSet(calibration, adapter, denoiser, drawn=sized)
+
+
+def _with_batch(
+    config: PruneConfig,
+    adapter: Adapter,
+    denoiser: Denoiser,
+    frame: Frame,
+    data: CalibrationSet | None,
+) -> PruneConfig:
+    """Choose how many samples go through the denoiser at once, where that is asked for."""
+    if config.batch_size != "auto":
+        return config
+    parameter = next(denoiser.parameters())
+    middle = torch.from_numpy(frame.schedule.timesteps)[len(frame.schedule.timesteps) // 2]
+
+    def call(rows: int) -> None:
+        if data is None:
+            latents = torch.zeros(rows, *adapter.latent_shape(denoiser))
+            inputs = adapter.example_inputs(denoiser, rows, parameter.device)
+        else:
+            latents, inputs = data.take(torch.arange(rows) % len(data))
+            inputs = adapter.null_inputs(denoiser, inputs, torch.zeros(rows, dtype=torch.bool))
+        inputs = {name: value.to(parameter.device) for name, value in inputs.items()}
+        timesteps = middle.expand(rows).to(parameter.device)
+        with torch.no_grad():
+            adapter.predict(
+                denoiser, latents.to(parameter.device, parameter.dtype), timesteps, inputs
+            )
+
+    return replace(config, batch_size=fitting_rows(call, parameter.device, denoiser))
 
 
 def _check_reach(

@@ -6,6 +6,7 @@ from typing import Any
 
 from .base import Adapter
 from .dit import DiTAdapter
+from .flux import FluxAdapter
 from .pixart import PixArtAdapter
 from .sd3 import SD3Adapter
 from .unet import UNetAdapter
@@ -13,6 +14,7 @@ from .wan import WanAdapter
 
 _ADAPTERS: tuple[Adapter, ...] = (
     DiTAdapter(),
+    FluxAdapter(),
     PixArtAdapter(),
     SD3Adapter(),
     UNetAdapter(),

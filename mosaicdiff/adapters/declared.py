@@ -129,7 +129,7 @@ class Family(Adapter):
         """Return the arguments of a call beside latents and timestep."""
         found: dict[str, Any] = {}
         for condition in self.conditions:
-            if condition.name in inputs:
+            if condition.name in inputs and condition.taken(denoiser):
                 value = inputs[condition.name]
                 if value.is_floating_point() and not condition.per_call:  # positions stay exact
                     value = value.to(latents.dtype)

@@ -25,6 +25,8 @@ class Condition:
             conditions that name it.
         label: what a calibration file calls it; the last part of the argument by default.
         optional: whether a batch may be without.
+        when: name of a switch of the configuration: a denoiser in which it is off takes no notice
+            of this input, and a batch may be without.
         null: whether a null condition differs in it.
         per_call: whether a call takes one value for all rows (positions, numbers of frames); a
             batch still holds a row for each sample.
@@ -38,6 +40,7 @@ class Condition:
     shape: tuple[int | str, ...] = ()
     label: str = ""
     optional: bool = False
+    when: str = ""
     null: bool = True
     per_call: bool = False
     number: type | None = None
@@ -58,6 +61,14 @@ class Condition:
     def negative(self) -> str:
         """Name of the null condition in a batch."""
         return NEGATIVE + self.name
+
+    def taken(self, denoiser: Denoiser) -> bool:
+        """Return whether a denoiser takes notice of it."""
+        return not self.when or bool(getattr(denoiser.config, self.when))
+
+    def needed(self, denoiser: Denoiser) -> bool:
+        """Return whether a batch for a denoiser must hold it."""
+        return not self.optional and self.taken(denoiser)
 
     def find(self, arguments: Mapping[str, Any]) -> Any:
         """Return its value in the arguments of a call, or None."""
@@ -97,12 +108,12 @@ def check_conditions(
         ValueError: names the input.
     """
     known = {c.name: c for c in conditions} | {c.negative: c for c in conditions if c.null}
-    needed = [c.name for c in conditions if not c.optional]
+    needed = [c.name for c in conditions if c.needed(denoiser)]
     missing, unknown = set(needed) - set(inputs), set(inputs) - set(known)
     nulls = [c for c in conditions if c.null and c.name in inputs]
     given = [c for c in nulls if c.negative in inputs]
     if missing or unknown or (given and len(given) < len(nulls)):
-        null = " and ".join(c.negative for c in nulls if not c.optional)
+        null = " and ".join(c.negative for c in nulls if c.needed(denoiser))
         can = f" and, where there is a null condition, {null}" if null else ""
         raise ValueError(
             f"calibration: inputs of a batch for {family} must be {' and '.join(needed)}{can}, "
@@ -131,6 +142,12 @@ def check_conditions(
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise ValueError(
                 f"calibration: {name} must be finite floating-point numbers, got NaN or infinity."
+            )
+        if condition.per_call and not bool((value == value[:1]).all()):
+            raise ValueError(
+                f"calibration: {name} must be the same for all samples of a batch, got several: a "
+                "call takes one for all its rows. Give samples that differ in it in batches of "
+                "their own."
             )
 
 
@@ -179,7 +196,7 @@ def example_conditions(
     """Make conditions of the right shapes and types, without the optional ones."""
     dtype, found = next(denoiser.parameters()).dtype, {}
     for condition in conditions:
-        if condition.optional:
+        if not condition.needed(denoiser):
             continue
         sizes = [_size(denoiser, part, tokens) for part in condition.shape]
         kind = torch.long if condition.whole_numbers else dtype

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-#: What a scheduler calls a train timestep: its number from 0, T sigma, T (1 - sigma), ln(sigma) / 4.
+#: What a scheduler calls a train timestep: number from 0, T sigma, T (1 - sigma), ln(sigma) / 4.
 NAMINGS = ("number", "sigma", "inverted", "log_sigma")
 
 _FLOW_CLASSES = ("FlowMatch", "EulerAncestralRF")

@@ -175,3 +175,13 @@ def test_an_undeclared_attribute_is_caught(case, dense, monkeypatch):
         monkeypatch.setattr(type(adapter), "block_kinds", tuple(kinds))
         with pytest.raises(ValueError, match=f"{name} must be declared by its family"):
             adapter.layers(dense)
+
+
+@pytest.mark.parametrize("drop", [("heads",), ("heads", "neurons")], ids="+".join)
+def test_what_no_stage_keeps_is_saved_too(case, dense, drop, tmp_path):
+    """Layers that are gone from every stage leave no file that cannot be read."""
+    staged = staged_of(dense, [uneven(dense, drop), uneven(dense, drop)])
+    staged.save_pretrained(tmp_path / "m")
+    loaded = StagedDenoiser.from_pretrained(tmp_path / "m", torch_dtype=torch.float64)
+    for mine, theirs in zip(staged.stage_models, loaded.stage_models, strict=True):
+        assert (call(mine, case) - call(theirs, case)).abs().max() <= 1e-12
