@@ -5,6 +5,10 @@ written in half precision to `mosaicdiff/digits/`, with a record of the run besi
 
     python -m benchmarks.train_digits                 # all three parts
     python -m benchmarks.train_digits --parts vae     # one of them
+    python -m benchmarks.train_digits --parts flow    # the transformer retrained with flow matching
+
+`flow` starts from the embedded transformer and is kept in `tests/fixtures`: x = (1 - sigma) x_0 +
+sigma eps, sigma uniform in (0, 1), the target eps - x_0, the timestep 1000 sigma.
 """
 
 import argparse
@@ -24,6 +28,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks import flow_model
 from mosaicdiff import digits
 
 FOLDER = digits.MODEL_FOLDER
@@ -186,55 +191,93 @@ def train_autoencoder(steps: int) -> dict:
     }
 
 
-def train_transformer(steps: int, batch_size: int) -> dict:
-    torch.manual_seed(2)
-    generator = torch.Generator().manual_seed(2)
+def load_latents() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return mean and deviation of every image's scaled latents, (N, C, H, W), and labels (N,)."""
     images, labels = digits.load_images()
     vae = AutoencoderKL.from_pretrained(FOLDER / "vae").float().eval().requires_grad_(False)
     with torch.no_grad():
         moments = [vae.encode(chunk).latent_dist for chunk in images.split(256)]
     mean = torch.cat([m.mean for m in moments]) * vae.config.scaling_factor
     std = torch.cat([m.std for m in moments]) * vae.config.scaling_factor
-    alphas = make_scheduler().alphas_cumprod
+    return mean, std, labels
 
-    model = make_transformer()
-    share_embedders(model)
-    initialise(model)
+
+def noise_latents(
+    clean: torch.Tensor, generator: torch.Generator, flow: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return noised latents, their timesteps (B,), and what the model is to predict."""
+    noise = torch.randn(clean.shape, generator=generator)
+    if flow:
+        sigma = torch.rand(len(clean), generator=generator)
+        at = sigma[:, None, None, None]
+        return (1 - at) * clean + at * noise, 1000 * sigma, noise - clean
+    alphas = make_scheduler().alphas_cumprod
+    timestep = torch.randint(len(alphas), (len(clean),), generator=generator)
+    signal = alphas[timestep].sqrt()[:, None, None, None]
+    return signal * clean + (1 - signal**2).sqrt() * noise, timestep, noise
+
+
+def fit_transformer(
+    model: DiTTransformer2DModel, steps: int, batch_size: int, rate: float, flow: bool
+) -> tuple[DiTTransformer2DModel, list[float]]:
+    """Train in place what requires gradients; return the average of the weights, and losses."""
+    generator = torch.Generator().manual_seed(2)
+    mean, std, labels = load_latents()
     average = copy.deepcopy(model).requires_grad_(False)
+    learnt = [p for p in model.parameters() if p.requires_grad]
+    followed = [
+        held
+        for held, p in zip(average.parameters(), model.parameters(), strict=True)
+        if p.requires_grad
+    ]
     losses: list[float] = []
     started = time.time()
-    for step, _opt, progress, task in optimisation(
-        "transformer", list(model.parameters()), steps, 1e-3
-    ):
+    for step, _opt, progress, task in optimisation("transformer", learnt, steps, rate):
         if step:
             decay = min(0.9995, (1 + step) / (10 + step))
-            torch._foreach_lerp_(
-                list(average.parameters()), [p.detach() for p in model.parameters()], 1 - decay
-            )
+            torch._foreach_lerp_(followed, [p.detach() for p in learnt], 1 - decay)
         pick = torch.randint(len(mean), (batch_size,), generator=generator)
         shape = (batch_size, *mean.shape[1:])
         clean = mean[pick] + std[pick] * torch.randn(shape, generator=generator)
-        noise = torch.randn(shape, generator=generator)
-        timestep = torch.randint(len(alphas), (batch_size,), generator=generator)
-        signal = alphas[timestep].sqrt()[:, None, None, None]
-        noisy = signal * clean + (1 - signal**2).sqrt() * noise
+        noisy, timestep, target = noise_latents(clean, generator, flow)
         dropped = torch.rand(batch_size, generator=generator) < 0.1
         condition = torch.where(dropped, NULL_LABEL, labels[pick])
         # On a CPU the backward pass of fused attention over 16 tokens took 45% of a step.
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             predicted = model(noisy, timestep=timestep, class_labels=condition).sample
-            loss = F.mse_loss(predicted.float(), noise)
+            loss = F.mse_loss(predicted.float(), target)
             loss.backward()
         losses.append(loss.item())
         if step % 50 == 49:
             recent = sum(losses[-50:]) / 50
             progress.update(task, description=f"transformer mse {recent:.4f}")
             progress.console.print(f"{step + 1} {recent:.4f} {time.time() - started:.0f}s")
+    return average, losses
 
+
+def train_transformer(steps: int, batch_size: int) -> dict:
+    torch.manual_seed(2)
+    model = make_transformer()
+    share_embedders(model)
+    initialise(model)
+    average, losses = fit_transformer(model, steps, batch_size, 1e-3, flow=False)
     released = make_transformer()  # a copy of the embedder in every block, as diffusers has it
     released.load_state_dict(average.state_dict())
     released.eval().half().save_pretrained(FOLDER / "transformer")
     return {"steps": steps, "batch_size": batch_size, "mse": sum(losses[-200:]) / 200}
+
+
+def train_flow(steps: int, batch_size: int, file: Path) -> dict:
+    """Retrain the embedded transformer with flow matching, all but what is not kept."""
+    torch.manual_seed(2)
+    model = DiTTransformer2DModel.from_pretrained(FOLDER / "transformer").float().train()
+    share_embedders(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(flow_model.is_trained(name))
+    average, losses = fit_transformer(model, steps, batch_size, 5e-4, flow=True)
+    row = {"steps": steps, "batch_size": batch_size, "mse": sum(losses[-200:]) / len(losses[-200:])}
+    flow_model.write_flow_model(average, file, row | {"torch": torch.__version__})
+    return row
 
 
 def write_pipeline() -> None:
@@ -258,11 +301,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parts = ("classifier", "vae", "transformer")
-    parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
+    parser.add_argument("--parts", nargs="+", choices=(*parts, "flow"), default=parts)
     parser.add_argument("--classifier-steps", type=int, default=1500)
     parser.add_argument("--vae-steps", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=4000, help="of the transformer")
+    parser.add_argument("--flow-steps", type=int, default=3000, help="of flow matching")
     parser.add_argument("--batch-size", type=int, default=192, help="of the transformer")
+    parser.add_argument("--flow-file", type=Path, default=flow_model.FIXTURE)
     args = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
     path: Path = FOLDER.parent / RECORD
@@ -273,6 +318,9 @@ def main() -> None:
             row = train_classifier(args.classifier_steps)
         elif part == "vae":
             row = train_autoencoder(args.vae_steps)
+        elif part == "flow":
+            print(part, train_flow(args.flow_steps, args.batch_size, args.flow_file))
+            continue
         else:
             row = train_transformer(args.steps, args.batch_size)
         record[part] = row | {"seconds": round(time.time() - started), "torch": torch.__version__}

@@ -70,6 +70,7 @@ def config_of(
             for stage, steps in zip(info.division.stages, info.steps, strict=True)
         ],
         "boundaries": list(info.division.boundaries),
+        "timesteps": {"naming": info.division.naming, "total": info.division.total},
         "storage": storage,
         "aliases": aliases,
         "prune_config": info.prune_config,
@@ -146,7 +147,7 @@ def _kept(info: StageInfo, stage: int, layer: PrunableLayer) -> torch.Tensor:
 
 
 def _union_groups(kept: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat(kept).unique()
+    return torch.cat([torch.empty(0, dtype=torch.long), *kept]).unique()
 
 
 def _union(
@@ -311,6 +312,8 @@ def assemble(
         division=Division(
             tuple(Stage(s["name"], s["first"], s["last"]) for s in config["stages"]),
             tuple(config["boundaries"]),
+            # Older files leave it to the family how timesteps are called.
+            **config.get("timesteps", {"naming": "sigma" if adapter.sigma_scale else "number"}),
         ),
         layers=layers,
         kept=kept,

@@ -19,7 +19,7 @@ from .groups import Denoiser
 from .packages.prune import in_packages, prune_in_packages
 from .report import PruneReport
 from .reporting import report_of
-from .request import CalibrationSource, Job, prepare
+from .request import CalibrationSource, Job, prepare, sampling_of
 from .runtime import StagedDenoiser
 from .solving.fit import assemble, last_groups_removed
 from .sources import source_name
@@ -46,6 +46,7 @@ def plan(
     calibration: CalibrationSource = None,
     measured: Calibration | str | Path | None = None,
     prompts: PromptSource = None,
+    cache: bool = True,
 ) -> PrunePlan:
     """Check a request and say what it would remove, without running the model.
 
@@ -55,7 +56,9 @@ def plan(
         ValueError: what is removed depends on a calibration that is not there yet.
     """
     return plan_of(
-        prepare(model, config or PruneConfig(), scheduler, calibration, measured, prompts)
+        prepare(
+            model, config or PruneConfig(), scheduler, calibration, measured, prompts, cache=cache
+        )
     )
 
 
@@ -92,6 +95,7 @@ def prune(
     calibration: CalibrationSource = None,
     measured: Calibration | str | Path | None = None,
     prompts: PromptSource = None,
+    cache: bool = True,
     search_state: str | Path | None = None,
     state: str | Path | None = None,
     resume: str | Path | None = None,
@@ -104,16 +108,21 @@ def prune(
             is left as it is.
         config: what to do; the defaults remove 30%.
         scheduler: of a bare denoiser; of a pipeline the default is its own.
-        calibration: clean latents: batches of (latents (B, C, H, W), other forward arguments),
-            or, for a pipeline, a path (a folder of images, `.npz`, `.safetensors`). The
+        calibration: clean latents: batches of (latents (B, ...), other forward arguments),
+            or, for a pipeline, a path (a folder of images with captions or by class, a
+            `.safetensors` or `.npz`, or a folder of those; see `sources.load_calibration`). The
             embedded `digits` pipeline needs none, nor does `activations="trajectory"`: what
             needs clean latents takes those that the pipeline draws, and the closed-form stages
             take a power of 1.
         measured: what `calibrate` gave, or its file: then the model is not run again, but for
             budgets and searches that measure the result.
         prompts: of `activations="trajectory"`: texts, or labels (numbers or names) of a
-            class-conditional pipeline, or a `.txt` file with one in a line. Labels may be left
-            out: then all classes are drawn evenly.
+            class-conditional pipeline, or a file of them (`.txt` with one in a line, `.json`,
+            `.jsonl`, `.csv`, `.tsv`; `PromptFile` names a column). Labels may be left out: then
+            all classes are drawn evenly. Of `activations="noised"`: captions of the images or
+            latents of a path that has none, in the order of file names.
+        cache: whether encoded images and captions are kept in the user's cache folder and taken
+            from there.
         search_state: file that keeps an evolutionary search; one that is there is gone on with.
         state: new folder that keeps every package once it is solved.
         resume: such a folder that an interrupted run left, to go on from.
@@ -132,7 +141,9 @@ def prune(
         raise ValueError(
             f"prune: state must be left out with resume, which names the folder, got {state}."
         )
-    job = prepare(model, config or PruneConfig(), scheduler, calibration, measured, prompts)
+    job = prepare(
+        model, config or PruneConfig(), scheduler, calibration, measured, prompts, cache=cache
+    )
     tell = progress or _silent
     # A bare denoiser stays the caller's own: the stages get tensors of theirs.
     base = job.denoiser if job.pipeline is not None else copy.deepcopy(job.denoiser)
@@ -175,6 +186,7 @@ def calibrate(
     scheduler: Any = None,
     calibration: CalibrationSource = None,
     prompts: PromptSource = None,
+    cache: bool = True,
     progress: Progress | None = None,
 ) -> Calibration:
     """Measure all that pruning needs of a model, once for every budget.
@@ -182,7 +194,9 @@ def calibrate(
     Arguments and errors are those of `prune`. With `stages="auto"` the bins are kept, and the
     stages may be put wherever bins meet; otherwise the curves of the stages are traced too.
     """
-    job = prepare(model, config or PruneConfig(), scheduler, calibration, prompts=prompts)
+    job = prepare(
+        model, config or PruneConfig(), scheduler, calibration, prompts=prompts, cache=cache
+    )
     return calibrate_job(job, progress or _silent)
 
 
@@ -216,7 +230,8 @@ def cut(denoiser: Denoiser, config: PruneConfig, *, scheduler: Any) -> StagedDen
         raise ValueError(f"cut: budget must be a sparsity, got {config.budget}.")
     adapter = adapter_for(denoiser)
     layers = adapter.layers(denoiser)
-    made = share_plan(layers, make_frame(scheduler, config), config, config.budget.value)
+    frame = make_frame(scheduler, config, None, sampling_of(adapter, denoiser))
+    made = share_plan(layers, frame, config, config.budget.value)
     return assemble(adapter, denoiser, made, config, last_groups_removed(denoiser, made))
 
 

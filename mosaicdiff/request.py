@@ -15,9 +15,18 @@ from .allocation.costs import CostModel, layer_sizes
 from .allocation.planning import Frame, effort_bounds, make_frame, share_plan
 from .config import PruneConfig
 from .groups import Denoiser, PrunableLayer
+from .inputs.batching import fitting_rows
 from .patterns import check_patterns
 from .runtime import StagedDenoiser
-from .sources import DIGITS, class_count, find_denoiser, load_calibration, source_name
+from .sources import (
+    DIGITS,
+    Component,
+    class_count,
+    find_component,
+    find_denoisers,
+    load_calibration,
+    source_name,
+)
 from .statistics.calibration import Calibration
 from .statistics.calibration_file import check_made_for, load_calibration_file, made_for
 from .statistics.noising import Batch, CalibrationSet
@@ -30,7 +39,7 @@ from .statistics.prompts import (
 )
 from .statistics.sampled import SampledLatents
 from .targets import choose_targets, target_shares
-from .trajectory.schedule import is_flow
+from .trajectory.schedulers import Sampling, is_flow
 from .trajectory.weights import step_weights
 
 #: What clean latents may be handed over as.
@@ -56,6 +65,8 @@ class Job:
         component: under which name.
         prompts: that the pipeline is sampled with, where its own trajectories are seen.
         sampled: what it drew then; filled by the first run of the dense denoiser.
+        sampling: how the pipeline starts its sampler.
+        partner: the pipeline's other denoiser, which makes the steps before this one's.
     """
 
     denoiser: Denoiser
@@ -71,6 +82,8 @@ class Job:
     component: str | None
     prompts: Prompts | None = None
     sampled: SampledLatents = field(default_factory=SampledLatents)
+    sampling: Sampling = Sampling()
+    partner: Denoiser | None = None
 
     @property
     def device(self) -> torch.device:
@@ -101,10 +114,17 @@ def prepare(
     calibration: CalibrationSource,
     measured: Calibration | str | Path | None = None,
     prompts: PromptSource = None,
+    component: str | None = None,
+    cache: bool = True,
 ) -> Job:
-    """Check a request; see `pipeline.prune` for the arguments and errors."""
+    """Check a request; see `pipeline.prune` for the arguments and errors.
+
+    Args:
+        component: which denoiser of a pipeline; the first that it calls by default.
+    """
     pipeline = model if isinstance(model, DiffusionPipeline) else None
-    component, denoiser = find_denoiser(pipeline) if pipeline is not None else (None, model)
+    part = _choose_part(model, component)
+    denoiser = part.denoiser
     if isinstance(denoiser, StagedDenoiser):
         raise ValueError(
             "prune: model must be dense, but it is pruned already. Prune the original instead."
@@ -119,7 +139,13 @@ def prepare(
             "It says how noisy each timestep is."
         )
     _check_family(adapter, scheduler)
-    sampling = _read_prompts(prompts, pipeline, config, measured is not None)
+    sampling = sampling_of(adapter, denoiser)
+    asked, captions = None, None
+    if config.activations == "noised":
+        captions = _read_captions(prompts, pipeline, calibration)
+        _check_encoding(config, pipeline, calibration, captions)
+    else:
+        asked = _read_prompts(prompts, pipeline, config, measured is not None)
     layers = adapter.layers(denoiser)
     config = _with_ends(config, adapter, denoiser)
     # Refuse what no calibration could save before reading it; the power of its latents comes later.
@@ -129,7 +155,8 @@ def prepare(
         names = [layer.name for layer in layers]
     check_patterns(names, config.include, "include")
     check_patterns(names, config.exclude, "exclude")
-    _check_reach(layers, make_frame(scheduler, config), config, denoiser, adapter)
+    unmeasured = make_frame(scheduler, config, None, sampling, part.span)
+    _check_reach(layers, unmeasured, config, denoiser, adapter)
     if measured is not None:
         if config.removes_weights:
             raise ValueError(
@@ -138,34 +165,70 @@ def prepare(
             )
         if isinstance(measured, (str, Path)):
             measured = load_calibration_file(measured)
-        check_made_for(measured, made_for(denoiser, scheduler, config, sampling))
+        check_made_for(measured, made_for(denoiser, scheduler, config, asked))
     needless = config.activations == "trajectory" or (
         measured is not None and source_name(pipeline) != DIGITS
     )
     data = None
     if calibration is not None or not needless:
-        data = _read_data(calibration, pipeline, adapter, denoiser)
+        encoding = _Encoding(captions, config, cache)
+        data = _read_data(calibration, pipeline, adapter, denoiser, encoding)
     if data is not None and measured is None and config.null_share > 0:
         # Refuse before any work where the batches do not hold what a null condition is.
-        first = {key: value[:1] for key, value in data.inputs.items()}
+        _, first = data.take(torch.zeros(1, dtype=torch.long))
         adapter.null_inputs(denoiser, first, torch.ones(1, dtype=torch.bool))
-    power = measured.power if measured is not None else data.power if data is not None else 1.0
-    frame = make_frame(scheduler, config, power)
+    power = measured.power if measured is not None else data.power if data is not None else None
+    frame = make_frame(scheduler, config, power, sampling, part.span)
     costs = _check_reach(layers, frame, config, denoiser, adapter)
+    config = _with_batch(config, adapter, denoiser, frame, data)
     return Job(
         denoiser, adapter, scheduler, layers, frame, config, costs, data, measured, pipeline,
-        component, sampling,
+        part.name or None, asked, sampling=sampling, partner=_partner(pipeline, part),
     )  # fmt: skip
 
 
-def _check_family(adapter: Adapter, scheduler: Any) -> None:
-    """Refuse a scheduler whose timesteps mean something else than those the denoiser is given."""
-    flow = adapter.sigma_scale is not None
-    if is_flow(scheduler) != flow:
+def _choose_part(model: DiffusionPipeline | Denoiser, component: str | None) -> Component:
+    """Return the denoiser that is asked for; a bare one has no name."""
+    if isinstance(model, DiffusionPipeline):
+        return find_component(model, component)
+    if component is not None:
         raise ValueError(
-            f"prune: scheduler must be {'flow matching' if flow else 'variance preserving'} for "
-            f"{adapter.denoiser_class}, got {type(scheduler).__name__}. Give the one the model "
-            "was trained for."
+            f"prune: component must be left out with a bare denoiser, got {component!r}. It names "
+            "a denoiser of a pipeline."
+        )
+    return Component("", model)
+
+
+def _partner(pipeline: DiffusionPipeline | None, part: Component) -> Denoiser | None:
+    """Return the denoiser that a pipeline calls before another."""
+    if pipeline is None or part.span.whole:
+        return None
+    before = [c.denoiser for c in find_denoisers(pipeline) if c.span.at_least == part.span.below]
+    return before[0] if before else None
+
+
+def sampling_of(adapter: Adapter, denoiser: Denoiser) -> Sampling:
+    """Return how the pipelines of a family start their sampler, at the denoiser's own size."""
+    tokens = getattr(adapter, "tokens", None)
+    return Sampling(
+        None if tokens is None else tokens(denoiser)["image"],
+        getattr(adapter, "passes_sigmas", False),
+        adapter.denoiser_class == "Flux2Transformer2DModel",
+    )
+
+
+def _check_family(adapter: Adapter, scheduler: Any) -> None:
+    """Refuse a scheduler of another family than the denoiser can have been trained with.
+
+    What a timestep means is the scheduler's to say. A denoiser that is given train timesteps (DiT,
+    PixArt, a U-Net) may have been trained with any family: it embeds whatever number comes, so
+    that 1000 sigma of a flow is as good, and nothing in its configuration tells. One whose
+    pipelines are written for sigmas (FLUX divides the time by 1000) has no other family.
+    """
+    if adapter.sigma_scale is not None and not is_flow(scheduler):
+        raise ValueError(
+            f"prune: scheduler must be flow matching for {adapter.denoiser_class}, got "
+            f"{type(scheduler).__name__}. Give the one the model was trained for."
         )
 
 
@@ -186,14 +249,6 @@ def _read_prompts(
     optional: bool,
 ) -> Prompts | None:
     """Read what to sample with, and try the settings of the run."""
-    if config.activations == "noised":
-        if prompts is not None:
-            raise ValueError(
-                "prune: prompts must be left out with activations='noised', which sees noised "
-                f"latents, got {str(prompts):.60}. Ask for activations='trajectory' "
-                "(--activations trajectory)."
-            )
-        return None
     if pipeline is None:
         raise ValueError(
             "prune: model must be a pipeline with activations='trajectory', got a bare denoiser: "
@@ -218,20 +273,114 @@ def _read_prompts(
     )
 
 
+def _read_captions(
+    prompts: PromptSource,
+    pipeline: DiffusionPipeline | None,
+    calibration: CalibrationSource,
+) -> Prompts | None:
+    """Read prompts that are captions of clean images or latents."""
+    if prompts is None:
+        return None
+    if pipeline is None or not isinstance(calibration, (str, Path)):
+        raise ValueError(
+            "prune: prompts must be left out with activations='noised' and no images or latents "
+            f"in files, whose captions they are, got {str(prompts):.60}. Name those "
+            "(--calibration FOLDER), or ask for activations='trajectory' (--activations "
+            "trajectory)."
+        )
+    if condition_argument(type(pipeline).__call__) != "prompt":
+        raise ValueError(
+            "prune: prompts must be left out with activations='noised' for a class-conditional "
+            f"pipeline, whose sources hold labels, got {str(prompts):.60}."
+        )
+    return read_prompts(prompts, "prompt")
+
+
+def _check_encoding(
+    config: PruneConfig,
+    pipeline: DiffusionPipeline | None,
+    calibration: CalibrationSource,
+    captions: Prompts | None,
+) -> None:
+    """Refuse settings of the pipeline's call where nothing is encoded by it."""
+    trajectory = config.trajectory
+    if trajectory.guidance_scale is None and not trajectory.options:
+        return
+    folder = isinstance(calibration, (str, Path)) and Path(calibration).is_dir()
+    if pipeline is None or not (captions is not None or folder):
+        raise ValueError(
+            "prune: trajectory must be left out with activations='noised' where no texts are "
+            f"encoded, got {trajectory.to_dict(config.steps)}. Give images with captions, or ask "
+            "for activations='trajectory' (--activations trajectory)."
+        )
+    call_options(type(pipeline).__call__, trajectory)
+
+
+@dataclass(frozen=True)
+class _Encoding:
+    """How a pipeline makes calibration batches of texts and images."""
+
+    captions: Prompts | None
+    config: PruneConfig
+    cache: bool
+
+
 def _read_data(
     calibration: CalibrationSource,
     pipeline: DiffusionPipeline | None,
     adapter: Adapter,
     denoiser: Denoiser,
+    encoding: _Encoding,
 ) -> CalibrationSet:
+    sized = False
     if calibration is None or isinstance(calibration, (str, Path)):
         if pipeline is None:
             raise ValueError(
                 "prune: calibration must be batches of (latents, inputs) with a bare denoiser, "
                 f"got {calibration!r}."
             )
-        calibration = load_calibration(calibration, pipeline)
-    return CalibrationSet(calibration, adapter, denoiser)
+        options = call_options(type(pipeline).__call__, encoding.config.trajectory)
+        sized = bool({"height", "width", "num_frames"} & set(options))
+        captions = encoding.captions
+        calibration = load_calibration(
+            calibration,
+            pipeline,
+            prompts=None if captions is None else [str(value) for value in captions.values],
+            options=options,
+            steps=encoding.config.steps,
+            cache=encoding.cache,
+        )
+    return CalibrationSet(calibration, adapter, denoiser, drawn=sized)
+
+
+def _with_batch(
+    config: PruneConfig,
+    adapter: Adapter,
+    denoiser: Denoiser,
+    frame: Frame,
+    data: CalibrationSet | None,
+) -> PruneConfig:
+    """Choose how many samples go through the denoiser at once, where that is asked for."""
+    if config.batch_size != "auto":
+        return config
+    parameter = next(denoiser.parameters())
+    middle = torch.from_numpy(frame.schedule.timesteps)[len(frame.schedule.timesteps) // 2]
+
+    def call(rows: int) -> None:
+        if data is None:
+            latents = torch.zeros(rows, *adapter.latent_shape(denoiser))
+            inputs = adapter.example_inputs(denoiser, rows, parameter.device)
+        else:
+            latents, inputs = data.take(torch.arange(rows) % len(data))
+            inputs = adapter.null_inputs(denoiser, inputs, torch.zeros(rows, dtype=torch.bool))
+        inputs = {name: value.to(parameter.device) for name, value in inputs.items()}
+        timesteps = middle.expand(rows).to(parameter.device)
+        with torch.no_grad():
+            adapter.predict(
+                denoiser, latents.to(parameter.device, parameter.dtype), timesteps, inputs
+            )
+
+    return replace(config, batch_size=fitting_rows(call, parameter.device, denoiser))
 
 
 def _check_reach(

@@ -76,7 +76,7 @@ class StagedDenoiser(ModelMixin, ConfigMixin):
         self.info = info
         self.stage_models = nn.ModuleList(stage_models)
         self.adapter: Adapter = adapter_for_class(info.base_class)
-        self._clock = StageClock(info.division, self.adapter.sigma_scale)
+        self._clock = StageClock(info.division, time_scale(self.adapter, info.base_config))
         self.register_to_config(**info.base_config)
 
     @classmethod
@@ -216,6 +216,18 @@ class StagedDenoiser(ModelMixin, ConfigMixin):
         if path is None:
             raise ValueError("StagedDenoiser: path must be a folder or a Hub id, got None.")
         return load(path, **kwargs)
+
+
+def time_scale(adapter: Adapter, config: Mapping[str, Any]) -> float:
+    """Return what a denoiser is given as a timestep over what its scheduler calls it.
+
+    Flow-matching schedulers call it 1000 sigma, of which some pipelines give a thousandth
+    (FLUX, Qwen-Image) and Sana's `timestep_scale` times as much.
+    """
+    stated = config.get("timestep_scale")
+    if stated is not None:
+        return float(stated)
+    return 1.0 if adapter.sigma_scale is None else adapter.sigma_scale / 1000
 
 
 def _refuse_masked(layer: PrunableLayer, state: StageState) -> None:

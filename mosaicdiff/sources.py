@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from safetensors.torch import load_file
 from torch import nn
 
 from . import digits
 from .adapters import Adapter, adapter_for_class
 from .groups import Denoiser
+from .inputs.batching import halving
+from .inputs.captioned import TextInputs, conditions_for, encode_captioned
+from .inputs.captions import IMAGES, Captioned, image_files, read_captions
+from .inputs.encoding import batch_rows, encode_pixels
+from .inputs.images import read_image
+from .inputs.latent_files import LATENTS, latent_files, read_latents
 from .runtime import StagedDenoiser
 from .single_file import load_single_file_pipeline
 from .statistics.noising import Batch
+from .statistics.prompts import find_condition
+from .trajectory.span import Span
 
 #: Name of the embedded model, wherever a model is asked for.
 DIGITS = "digits"
 
-_COMPONENTS = ("transformer", "unet")
-_IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
+_SECOND = "transformer_2"
+_COMPONENTS = ("transformer", "unet", _SECOND)
 _CHUNK = 64
 
 
@@ -85,20 +92,73 @@ def load_pipeline(
     return pipe.to(device)
 
 
-def find_denoiser(pipe: DiffusionPipeline) -> tuple[str, Denoiser]:
-    """Return the component name and module of a pipeline's denoiser.
+@dataclass(frozen=True)
+class Component:
+    """A denoiser of a pipeline.
+
+    Args:
+        name: of the pipeline's attribute.
+        denoiser: the module.
+        span: the timesteps that the pipeline calls it at.
+    """
+
+    name: str
+    denoiser: Denoiser
+    span: Span = Span()
+
+
+def find_denoisers(pipe: DiffusionPipeline) -> tuple[Component, ...]:
+    """Return the denoisers of a pipeline, in the order in which it calls them.
+
+    Two are Wan 2.2's: with a `boundary_ratio` in its configuration, `transformer` is called from
+    that share of the train timesteps upwards and `transformer_2` below; without, `transformer_2`
+    is never called, and left out here. Either may be missing.
 
     Raises:
         ValueError: the pipeline has none.
     """
-    for name in _COMPONENTS:
-        module = getattr(pipe, name, None)
-        if isinstance(module, nn.Module):
-            return name, module
-    raise ValueError(
-        f"find_denoiser: pipeline must have one of {', '.join(_COMPONENTS)}, got "
-        f"{type(pipe).__name__} with {', '.join(pipe.components)}."
-    )
+    found = [
+        (name, module)
+        for name in _COMPONENTS
+        if isinstance(module := getattr(pipe, name, None), nn.Module)
+    ]
+    ratio = pipe.config.get("boundary_ratio")
+    components = []
+    if ratio is None:
+        components = [Component(*pair) for pair in found if pair[0] != _SECOND][:1]
+    else:
+        boundary = float(ratio) * pipe.scheduler.config.num_train_timesteps
+        for name, module in found:
+            span = Span(below=boundary) if name == _SECOND else Span(at_least=boundary)
+            components.append(Component(name, module, span))
+    if not components:
+        raise ValueError(
+            f"find_denoiser: pipeline must have one of {', '.join(_COMPONENTS[:-1])}, got "
+            f"{type(pipe).__name__} with {', '.join(pipe.components)}."
+        )
+    return tuple(components)
+
+
+def find_component(pipe: DiffusionPipeline, name: str | None = None) -> Component:
+    """Return the denoiser of that name, or the first that the pipeline calls.
+
+    Raises:
+        ValueError: the pipeline calls none of that name.
+    """
+    components = find_denoisers(pipe)
+    chosen = [c for c in components if name is None or c.name == name]
+    if not chosen:
+        raise ValueError(
+            f"find_denoiser: component must be one of {', '.join(c.name for c in components)}, "
+            f"got {name!r}: {type(pipe).__name__} calls no other."
+        )
+    return chosen[0]
+
+
+def find_denoiser(pipe: DiffusionPipeline) -> tuple[str, Denoiser]:
+    """Return name and module of the (first) denoiser of a pipeline; see `find_denoisers`."""
+    component = find_component(pipe)
+    return component.name, component.denoiser
 
 
 def source_name(pipe: DiffusionPipeline | None) -> str | None:
@@ -129,47 +189,155 @@ def class_count(pipe: DiffusionPipeline) -> int:
     return digits.CLASSES if origin == DIGITS else count
 
 
-def load_calibration(source: str | Path | None, pipe: DiffusionPipeline) -> list[Batch]:
+def load_calibration(
+    source: str | Path | None,
+    pipe: DiffusionPipeline,
+    *,
+    prompts: Sequence[str] | None = None,
+    options: Mapping[str, Any] | None = None,
+    steps: int = 2,
+    cache: bool = True,
+) -> list[Batch]:
     """Read calibration batches for a pipeline.
 
     Args:
-        source: a `.npz` or `.safetensors` with `latents` (N, C, H, W), shifted and scaled as the
-            denoiser sees them, and what they are conditioned on: `labels` (N,), or for SD3
-            `encoder_hidden_states` and `pooled_projections`, and those of the empty prompt (of
-            one row or N) as `negative_...`; for a class-conditional pipeline also a folder of
-            images with a sub-folder for each class; or None for the embedded model, which has
-            its own.
+        source: clean latents, or images that become such:
+            - a `.safetensors` (mapped into memory) or `.npz` with `latents` (N, ...), shifted,
+              scaled and packed as the denoiser sees them, and what they are conditioned on:
+              `labels` (N,) for a class-conditional denoiser, otherwise the denoiser's arguments by
+              name, e.g. `encoder_hidden_states`; those of the empty prompt (of one row or N) are
+              `negative_...`; or a folder of such files;
+            - for a pipeline that takes prompts, a folder of images with captions, in
+              `metadata.csv` or `metadata.jsonl` or in a `.txt` file beside each;
+            - for a class-conditional one, a folder of images with a sub-folder for each class;
+            - None for the embedded model, which has its own.
+        prompts: captions of the images, or of the latents, in the order of file names, where the
+            folder says none.
+        options: of the pipeline's call where it is run to encode texts: `height`, `width`,
+            `num_frames`, `guidance_scale` and so on.
+        steps: that it is then asked for.
+        cache: whether encoded images and captions are kept in the user's cache folder
+            (mosaicdiff/inputs in $XDG_CACHE_HOME or ~/.cache), and taken from there.
 
     Raises:
         ValueError: the source is missing, of another kind, or holds nothing.
     """
     adapter = adapter_for_class(_denoiser_class(pipe))
-    names = [c.file_name for c in adapter.conditions if not c.optional]
+    names = [c.file_name for c in adapter.conditions if c.needed(find_denoiser(pipe)[1])]
     by_class = "labels" in names
-    folder = ", or a folder of images with a sub-folder for each class"
     if source is None:
         if source_name(pipe) != DIGITS:
+            folder = "a sub-folder for each class" if by_class else "captions"
             raise ValueError(
                 "calibration: a source must be given for this model, got none. Name a .npz or "
-                f".safetensors file with latents and {' and '.join(names)}"
-                f"{folder if by_class else ''}."
+                f".safetensors file with latents and {' and '.join(names)}, or a folder of "
+                f"images with {folder}."
             )
         images, labels = digits.load_images()
         return list(_encode(pipe, images, labels))
     path = Path(source)
-    if path.is_dir():
-        if not by_class:
+    files = _latent_files(path)
+    if by_class:
+        if prompts is not None:
             raise ValueError(
-                f"calibration: {path} must be a .npz or .safetensors file with latents and "
-                f"{' and '.join(names)}, but it is a folder: images alone do not say "
-                "what they are conditioned on."
+                "calibration: prompts must be left out for a class-conditional pipeline, whose "
+                f"sources hold labels, got {len(prompts)}."
             )
-        return list(_encode_folder(pipe, path))
+        if not files:
+            return list(_encode_folder(pipe, path))
+    takes_text = find_condition(type(pipe).__call__) == "prompt"
+    how = TextInputs(pipe, _denoisers(pipe), adapter, dict(options or {}), steps, cache)
+    if files:
+        return _read_files(files, adapter, names, prompts, how if takes_text else None)
+    if not takes_text:
+        raise ValueError(
+            f"calibration: {path} must hold .npz or .safetensors files with latents and "
+            f"{' and '.join(names)} for {type(pipe).__name__}, which takes no prompts, got none."
+        )
+    return encode_captioned(_captioned(path, prompts), how)
+
+
+def _latent_files(path: Path) -> list[Path]:
+    """Return the files of latents that a path names; none where it names a folder of images.
+
+    Raises:
+        ValueError: it is nothing that is read.
+    """
+    if path.is_dir():
+        files = latent_files(path)
+        if files and image_files(path):
+            raise ValueError(
+                f"calibration: {path} must hold images or latents, got both "
+                f"({image_files(path)[0].name} and {files[0].name}). Part them."
+            )
+        return files
     if not path.is_file():
         raise ValueError(f"calibration: {path} must be a folder or a file, but there is none.")
-    if path.suffix not in (".npz", ".safetensors"):
+    if path.suffix not in LATENTS:
         raise ValueError(f"calibration: {path} must be a folder, a .npz or a .safetensors file.")
-    return [_latent_file(path, adapter)]
+    return [path]
+
+
+def _captioned(folder: Path, prompts: Sequence[str] | None) -> list[Captioned]:
+    """List images with captions: the folder's own, or the prompts."""
+    pairs = read_captions(folder)
+    own = pairs[0].caption is not None
+    if own and prompts is not None:
+        raise ValueError(
+            f"calibration: prompts must be left out where the images have captions, as in "
+            f"{folder}, got {len(prompts)}. Move the captions away, or the prompts."
+        )
+    if own:
+        return pairs
+    if prompts is None:
+        raise ValueError(
+            f"calibration: images in {folder} must have captions, got none: images alone do not "
+            "say what they are conditioned on. Write a .txt beside each, or metadata.csv "
+            "(file_name,text), or give them as prompts (--prompts), in the order of file names."
+        )
+    _check_count(len(pairs), "images", folder, prompts)
+    return [Captioned(pair.path, text) for pair, text in zip(pairs, prompts, strict=True)]
+
+
+def _check_count(count: int, what: str, place: Path, prompts: Sequence[str]) -> None:
+    if count != len(prompts):
+        raise ValueError(
+            f"calibration: prompts must be as many as {what} in {place}, {count}, got "
+            f"{len(prompts)}. They belong to each other in the order of file names."
+        )
+
+
+def _read_files(
+    files: Sequence[Path],
+    adapter: Adapter,
+    names: Sequence[str],
+    prompts: Sequence[str] | None,
+    how: TextInputs | None,
+) -> list[Batch]:
+    """Read files of latents; prompts give the conditions where the files hold none."""
+    if how is None and prompts is not None:
+        raise ValueError(
+            "calibration: prompts must be left out for a pipeline that takes none, got "
+            f"{len(prompts)}."
+        )
+    batches = [read_latents(path, adapter, names, texts=prompts is not None) for path in files]
+    if prompts is None or how is None:
+        return batches
+    total = sum(len(latents) for latents, _ in batches)
+    _check_count(total, "latents", files[0] if len(files) == 1 else files[0].parent, prompts)
+    given = conditions_for(prompts, how)
+    ends = torch.tensor([len(latents) for latents, _ in batches]).cumsum(0).tolist()
+    return [
+        (latents, {name: value[end - len(latents) : end] for name, value in given.items()})
+        for (latents, _), end in zip(batches, ends, strict=True)
+    ]
+
+
+def _denoisers(pipe: DiffusionPipeline) -> list[nn.Module]:
+    """Return all modules of a pipeline that it may call as its denoiser."""
+    names = (*_COMPONENTS, *(f"{name}_2" for name in _COMPONENTS))
+    found = (getattr(pipe, name, None) for name in names)
+    return [module for module in found if isinstance(module, nn.Module)]
 
 
 def _denoiser_class(pipe: DiffusionPipeline) -> str:
@@ -179,59 +347,22 @@ def _denoiser_class(pipe: DiffusionPipeline) -> str:
     return type(denoiser).__name__
 
 
-def _latent_file(path: Path, adapter: Adapter) -> Batch:
-    try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
-                held = {key: torch.from_numpy(archive[key]) for key in archive.files}
-        else:
-            held = load_file(path)
-    except Exception as error:
-        raise ValueError(f"calibration: {path} could not be read: {error}") from None
-    names = ["latents", *(c.file_name for c in adapter.conditions if not c.optional)]
-    if not set(names) <= set(held):
-        needed = " and ".join(f"{name!r}" for name in names)
-        raise ValueError(f"calibration: {path} must hold {needed}, got {sorted(held)}.")
-    latents = held["latents"].float()
-    inputs = {}
-    for condition in adapter.conditions:
-        for name, argument in (
-            (condition.file_name, condition.name),
-            (condition.negative, condition.negative),
-        ):
-            if name not in held:
-                continue
-            value = held[name]
-            if condition.whole_numbers:
-                if value.is_floating_point():
-                    raise ValueError(
-                        f"calibration: {name} in {path} must be whole numbers, got {value.dtype}."
-                    )
-                value = value.long()
-            if name == condition.negative and len(value) == 1:
-                value = value.expand(len(latents), *value.shape[1:])
-            inputs[argument] = value
-    return latents, inputs
-
-
 def _encode(pipe: DiffusionPipeline, images: torch.Tensor, labels: torch.Tensor) -> Iterator[Batch]:
     """Encode images (N, C, H, W) in [-1, 1] into the latents that the denoiser sees."""
-    vae = pipe.vae
-    parameter = next(vae.parameters())
-    with torch.no_grad():
-        pairs = zip(images.split(_CHUNK), labels.split(_CHUNK), strict=True)
-        for chunk, rows in pairs:
-            encoded = vae.encode(chunk.to(parameter.device, parameter.dtype)).latent_dist.mode()
-            yield (encoded * vae.config.scaling_factor).float().cpu(), {"class_labels": rows}
+    count = batch_rows(1, *images.shape[2:])
+    for chunk, rows in zip(images.split(count), labels.split(count), strict=True):
+        parts = halving(lambda part: encode_pixels(pipe, part), chunk, count)
+        yield torch.cat(list(parts)), {"class_labels": rows}
 
 
 def _encode_folder(pipe: DiffusionPipeline, folder: Path) -> Iterator[Batch]:
+    size = _native_size(pipe)
     files = [
         (path, label)
         for sub in sorted(p for p in folder.iterdir() if p.is_dir())
         for label in [_class_label(pipe, sub)]
         for path in sorted(sub.iterdir())
-        if path.suffix.lower() in _IMAGES
+        if path.suffix.lower() in IMAGES
     ]
     if not files:
         raise ValueError(
@@ -240,7 +371,8 @@ def _encode_folder(pipe: DiffusionPipeline, folder: Path) -> Iterator[Batch]:
         )
     for start in range(0, len(files), _CHUNK):
         part = files[start : start + _CHUNK]
-        images = torch.stack([_read_image(pipe, path) for path, _ in part])
+        channels = pipe.vae.config.in_channels
+        images = torch.stack([read_image(path, channels, size, size) for path, _ in part])
         yield from _encode(pipe, images, torch.tensor([label for _, label in part]))
 
 
@@ -257,21 +389,6 @@ def _class_label(pipe: DiffusionPipeline, folder: Path) -> int:
     )
 
 
-def _read_image(pipe: DiffusionPipeline, path: Path) -> torch.Tensor:
-    """Read an image as (C, H, W) in [-1, 1], cropped to the centre at the pipeline's size."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    config = pipe.vae.config
+def _native_size(pipe: DiffusionPipeline) -> int:
     _, denoiser = find_denoiser(pipe)
-    size = denoiser.config.sample_size * 2 ** (len(config.block_out_channels) - 1)
-    try:
-        with Image.open(path) as image:
-            fitted = ImageOps.fit(
-                image.convert("L" if config.in_channels == 1 else "RGB"),
-                (size, size),
-                Image.Resampling.BICUBIC,
-            )
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"calibration: {path} could not be read as an image: {error}") from None
-    pixels: Any = np.asarray(fitted, dtype=np.float32)
-    return torch.from_numpy(pixels.reshape(size, size, -1)).permute(2, 0, 1) / 127.5 - 1
+    return denoiser.config.sample_size * 2 ** (len(pipe.vae.config.block_out_channels) - 1)

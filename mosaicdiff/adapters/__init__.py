@@ -7,9 +7,18 @@ from typing import Any
 from ..model_checks import check_state
 from .base import Adapter
 from .dit import DiTAdapter
+from .flux import FluxAdapter
+from .pixart import PixArtAdapter
 from .sd3 import SD3Adapter
+from .unet import UNetAdapter
 
-_ADAPTERS: tuple[Adapter, ...] = (DiTAdapter(), SD3Adapter())
+_ADAPTERS: tuple[Adapter, ...] = (
+    DiTAdapter(),
+    FluxAdapter(),
+    PixArtAdapter(),
+    SD3Adapter(),
+    UNetAdapter(),
+)
 
 #: Class names of the denoisers that can be pruned.
 DENOISER_CLASSES = tuple(adapter.denoiser_class for adapter in _ADAPTERS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,9 @@ import numpy as np
 from ..config import PruneConfig
 from ..groups import PrunableLayer
 from ..patterns import check_patterns, matches
-from ..trajectory.schedule import NoiseSchedule, start_steps, step_log_snr
+from ..trajectory.schedule import NoiseSchedule, step_log_snr
+from ..trajectory.schedulers import Sampling, start_steps
+from ..trajectory.span import Span
 from ..trajectory.stages import Division, divide, stage_means
 from .budget import TOLERANCE
 from .costs import CostModel, describe_cost
@@ -61,8 +63,9 @@ class Frame:
         schedule: train schedule of the scheduler.
         division: the stages, noisiest first; bins for `stages="auto"`.
         steps: sampling steps of each stage.
-        visited: ln SNR of every sampling step.
+        visited: ln SNR of every sampling step that the denoiser is called at.
         power: P, the mean square of the clean latents.
+        span: the timesteps that it is called at.
     """
 
     schedule: NoiseSchedule
@@ -70,18 +73,38 @@ class Frame:
     steps: tuple[int, ...]
     visited: np.ndarray
     power: float
+    span: Span = Span()
+
+    def settle(self, division: Division) -> Frame:
+        """Return the same with other stages: those without steps merged, clipped to the span."""
+        division = division.without_empty(self.schedule, self.visited)
+        steps = tuple(division.count_steps(self.visited))
+        if not self.span.whole:
+            seen = np.flatnonzero(self.span.holds(self.schedule.timesteps))
+            division = division.clipped(int(seen[0]), int(seen[-1]))
+        return replace(self, division=division, steps=steps)
 
 
-def make_frame(scheduler: Any, config: PruneConfig, power: float = 1.0) -> Frame:
+def make_frame(
+    scheduler: Any,
+    config: PruneConfig,
+    power: float | None = None,
+    sampling: Sampling | None = None,
+    span: Span | None = None,
+) -> Frame:
     """Divide the trajectory and count the sampling steps of the stages.
 
     Args:
         scheduler: a diffusers scheduler; it is not touched.
         config: the request.
-        power: P, the mean square of the clean latents.
+        power: P, the mean square of the clean latents; the schedule's usual one by default.
+        sampling: how the pipeline starts its sampler.
+        span: the timesteps that the denoiser is called at, where the pipeline has two. Other
+            steps count nothing, and its stages end where it is called no more.
 
     Raises:
-        ValueError: the scheduler gives no signal-to-noise ratio, or the steps do not fit.
+        ValueError: the scheduler gives no signal-to-noise ratio, or the steps do not fit, or none
+            of them is in the span.
     """
     schedule = NoiseSchedule.from_scheduler(scheduler)
     sampler = type(scheduler).from_config(scheduler.config)
@@ -90,11 +113,20 @@ def make_frame(scheduler: Any, config: PruneConfig, power: float = 1.0) -> Frame
             f"prune: steps must be at most {len(schedule)}, the timesteps of the schedule, "
             f"got {config.steps}."
         )
-    start_steps(sampler, config.steps)
+    start_steps(sampler, config.steps, sampling)
     visited = step_log_snr(sampler)
-    timesteps = schedule.index_of(sampler.timesteps.cpu())
-    division = make_division(schedule, config, power, timesteps).without_empty(schedule, visited)
-    return Frame(schedule, division, tuple(division.count_steps(visited)), visited, power)
+    span = span or Span()
+    mine = span.holds(sampler.timesteps.cpu())
+    if not (mine.any() and span.holds(schedule.timesteps).any()):
+        raise ValueError(
+            f"prune: steps must reach the timesteps that the denoiser is called at, {span}, got "
+            f"{config.steps} from {float(sampler.timesteps[0]):g} on. Take more steps, or prune "
+            "the other denoiser alone (component)."
+        )
+    visited = visited[mine]
+    power = schedule.usual_power if power is None else power
+    division = make_division(schedule, config, power, schedule.index_of_log_snr(visited))
+    return Frame(schedule, division, (), visited, power, span).settle(division)
 
 
 def make_division(
@@ -222,7 +254,7 @@ def _too_sparse(most: float, asked: float) -> ValueError:
 
 
 def step_scores(
-    schedule: NoiseSchedule, visited: np.ndarray, power: float, snr_weight: float
+    schedule: NoiseSchedule, visited: np.ndarray, power: float, snr_weight: float | None
 ) -> np.ndarray:
     """Return score / max score at every sampling step, read off by ln SNR."""
     score = schedule.score(power, snr_weight)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from ..allocation.planning import PrunePlan
     from ..config import PruneConfig
+    from ..statistics.prompts import PromptSource
     from ..trajectory.stages import Division
 
 
@@ -20,7 +21,8 @@ def dry_run(
     config: PruneConfig,
     calibration: str | None,
     measured: Path | None,
-    prompts: Path | None,
+    prompts: PromptSource,
+    cache: bool,
     as_json: bool,
 ) -> None:
     """Print the plan where it is known before calibration, and what carrying it out takes."""
@@ -29,7 +31,7 @@ def dry_run(
     from ..pipeline import plan_of
     from ..request import prepare
 
-    job = prepare(pipe, config, None, calibration, measured, prompts)
+    job = prepare(pipe, config, None, calibration, measured, prompts, cache=cache)
     unit, by_share = config.budget.unit, config.allocation in ("score", "uniform", "explicit")
     known = by_share and unit == "sparsity"
     if measured is not None and config.allocation != "evolutionary":

@@ -60,6 +60,7 @@ def make_probe(job: Job, purpose: str, samples: int | None = None) -> Probe:
     return Probe(
         job.denoiser, job.adapter, job.scheduler, clean_data(job, purpose), steps=config.steps,
         samples=config.probe_samples if samples is None else samples, seed=config.seed,
+        sampling=job.sampling, span=job.frame.span, partner=job.partner,
     )  # fmt: skip
 
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from .schedule import NoiseSchedule, flow_log_snr, step_log_snr
+from .schedule import NoiseSchedule, step_log_snr
+from .schedulers import is_flow_class
 from .stages import Division
 
 _LISTENERS = "_mosaicdiff_clocks"
@@ -56,18 +57,18 @@ class StageClock:
 
     Args:
         division: the stages.
-        sigma_scale: what the denoiser is given as a timestep over sigma (flow matching); None where
-            it is given train timesteps.
+        time_scale: what the denoiser is given as a timestep, over what the scheduler calls it:
+            0.001 where the pipeline divides by 1000 (FLUX, Qwen-Image).
     """
 
-    def __init__(self, division: Division, sigma_scale: float | None = None) -> None:
-        self.division, self._sigma_scale = division, sigma_scale
+    def __init__(self, division: Division, time_scale: float = 1.0) -> None:
+        self.division, self._time_scale = division, time_scale
         self._attached: list[weakref.ref] = []
         self._run: _Run | None = None
 
     def __deepcopy__(self, memo: dict) -> StageClock:
         # A copied denoiser must not follow the original's scheduler.
-        return StageClock(self.division, self._sigma_scale)
+        return StageClock(self.division, self._time_scale)
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_attached": [], "_run": None}
@@ -115,7 +116,7 @@ class StageClock:
         """
         run = self._run
         if run is not None and run.position is None and timestep is not None:
-            run.position = _locate(run.scheduler(), timestep)
+            run.position = _locate(run.scheduler(), timestep, self._time_scale)
         if run is None or run.position is None or run.position >= len(run.table):
             return None
         return Place(run.table[run.position], run.position, len(run.table))
@@ -145,7 +146,8 @@ class StageClock:
             return self._stage_of(timestep)
         low, high = torch.stack(torch.aminmax(timestep.float())).tolist()
         stage = self._stage_of(high)
-        if stage != self._stage_of(low):
+        # Wan 2.2 gives every token a time: 0 to those of the picture that the video goes on from.
+        if timestep.ndim < 2 and stage != self._stage_of(low):
             raise ValueError(
                 "StagedDenoiser: timestep must lie in one stage for the whole batch, got "
                 f"{low:g}..{high:g}. Call the denoiser once for each stage."
@@ -153,16 +155,17 @@ class StageClock:
         return stage
 
     def _stage_of(self, timestep: float) -> int:
-        if self._sigma_scale is None:
-            return self.division.stage_of_timestep(timestep)
-        return int(self.division.stage_of_log_snr(flow_log_snr(timestep / self._sigma_scale)))
+        return self.division.stage_of_timestep(timestep / self._time_scale)
 
 
-def _locate(scheduler: Any, timestep: torch.Tensor | float) -> int | None:
+def _locate(scheduler: Any, timestep: torch.Tensor | float, scale: float = 1.0) -> int | None:
     """Find the entry of `scheduler.timesteps` that a first call was given.
 
     A view into that very tensor tells by its address, without a read; anything else is read,
     once a run.
+
+    Args:
+        scale: of the call's timestep over the scheduler's.
     """
     if scheduler is None:
         return None
@@ -172,10 +175,21 @@ def _locate(scheduler: Any, timestep: torch.Tensor | float) -> int | None:
         if timestep.dtype == known.dtype and storage == known.untyped_storage().data_ptr():
             return (timestep.storage_offset() - known.storage_offset()) // max(1, known.stride(0))
         value = float(timestep.max())
+        rounding = _rounding(timestep.dtype)
     else:
-        value = float(timestep)
-    matches = [i for i, entry in enumerate(known.tolist()) if abs(entry - value) < 1e-3]
-    return matches[0] if matches else None
+        value, rounding = float(timestep), 0.0
+    entries = known.tolist()
+    if not entries:
+        return None
+    # Pipelines hand the time over in the latents' type: bfloat16 keeps 8 bits of it.
+    gaps = [abs(entry * scale - value) for entry in entries]
+    nearest = min(range(len(entries)), key=gaps.__getitem__)
+    return nearest if gaps[nearest] <= 1e-3 * scale + rounding * abs(value) else None
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """Return the largest relative error of a number that went through a type."""
+    return torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
 
 
 def _shadow(scheduler: Any) -> None:
@@ -200,18 +214,27 @@ def _tell(scheduler: Any, event: str, begin: int | None = None, result: Any = No
             clock.notify(scheduler, event, begin, result)
 
 
+def _read_on_device(scheduler: Any) -> tuple[str, ...]:
+    """Name what `set_timesteps` puts onto the device, where that has to be read for the levels."""
+    if not hasattr(scheduler, "sigmas"):
+        return ("timesteps",)
+    if hasattr(scheduler, "sigmas_interpol"):  # KDPM2: its sigmas themselves stay
+        between = ("sigmas_interpol", "sigmas_up", "sigmas_down")
+        return ("timesteps", *(name for name in between if hasattr(scheduler, name)))
+    return ("timesteps", "sigmas") if is_flow_class(scheduler) else ()
+
+
 def _wrap_set_timesteps(method: Any) -> Any:
     signature = inspect.signature(method)
 
     @functools.wraps(method)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
         # Most schedulers with sigmas keep those on the CPU. Those without (DDIM, DDPM) have only
-        # their timesteps, and those of flow matching move both: made on the CPU and moved
-        # afterwards, since reading back waits for the device.
+        # their timesteps, and some move both: made on the CPU and moved afterwards, since
+        # reading back waits for the device.
         bound = signature.bind(self, *args, **kwargs)
-        moved = [name for name in ("timesteps", "sigmas") if hasattr(self, name)]
-        stays = "sigmas" in moved and "FlowMatch" not in type(self).__name__
-        device = None if stays else bound.arguments.get("device")
+        moved = _read_on_device(self)
+        device = bound.arguments.get("device") if moved else None
         if device is not None:
             bound.arguments["device"] = torch.device("cpu")
         result = method(*bound.args, **bound.kwargs)

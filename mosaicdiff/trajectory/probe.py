@@ -14,7 +14,8 @@ from torch import nn
 from ..adapters import Adapter
 from ..statistics.capture import evaluating
 from ..statistics.noising import CalibrationSet
-from .schedule import start_steps
+from .schedulers import Sampling, start_steps
+from .span import Span
 from .stages import Division
 
 #: Keeps the noise of measurements apart from that of calibration.
@@ -26,7 +27,7 @@ class RunState:
     """A sampler between two steps.
 
     Args:
-        latents: (B, C, H, W).
+        latents: (B, *shape of a sample).
         scheduler: with its own memory of earlier steps; never changed in place.
         step: that comes next.
         visited: latents after each step so far, where they are kept.
@@ -49,6 +50,13 @@ class Probe:
         steps: of the sampler.
         samples: how many.
         seed: of noise and conditions.
+        sampling: how the pipeline starts its sampler.
+        span: the timesteps that the denoiser is called at, where the pipeline has two: the run
+            begins where it takes over, and ends where it hands over.
+        partner: the pipeline's other denoiser, dense, which makes the steps before.
+
+    Raises:
+        ValueError: there are steps before, and no partner.
     """
 
     def __init__(
@@ -61,24 +69,46 @@ class Probe:
         steps: int,
         samples: int,
         seed: int,
+        sampling: Sampling | None = None,
+        span: Span | None = None,
+        partner: nn.Module | None = None,
     ) -> None:
         parameter = next(denoiser.parameters())
         self._device, self._dtype = parameter.device, parameter.dtype
         self._adapter, self._denoiser, self._seed = adapter, denoiser, seed
         self._scheduler = type(scheduler).from_config(scheduler.config)
-        start_steps(self._scheduler, steps)
+        start_steps(self._scheduler, steps, sampling)
         self._timesteps = self._scheduler.timesteps
+        mine = (span or Span()).holds(self._timesteps.cpu()).nonzero()[0]
+        self._first, self._count = int(mine[0]), len(mine)
+        if self._first > 0 and partner is None:
+            raise ValueError(
+                f"prune: pipeline must hold the denoiser of the first {self._first} steps too, "
+                "got only the one that goes on from there. What is measured by sampling starts "
+                "from noise: use weighting='sensitivity' (--weighting sensitivity), or give the "
+                "whole pipeline."
+            )
+        self._partner = partner
         generator = torch.Generator().manual_seed(_SEED_OFFSET + seed)
         latents, inputs = next(iter(data.draw(samples, samples, generator)))
         self._noise = torch.randn(latents.shape, generator=generator)
         self._inputs = {key: value.to(self._device) for key, value in inputs.items()}
         self._dense: RunState | None = None
+        self._started: RunState | None = None
 
     def __len__(self) -> int:
-        return len(self._timesteps)
+        return self._count
 
     def start(self) -> RunState:
-        """Return the state before the first step."""
+        """Return the state before the first step that the denoiser makes."""
+        if self._started is None:
+            state = self._noise_state()
+            if self._partner is not None and self._first > 0:
+                state = self.advance(state, self._partner, self._first)
+            self._started = state
+        return self._started
+
+    def _noise_state(self) -> RunState:
         sigma = float(getattr(self._scheduler, "init_noise_sigma", 1.0))
         latents = (self._noise * sigma).to(self._device, self._dtype)
         return RunState(latents, copy.deepcopy(self._scheduler), 0)

@@ -1,8 +1,8 @@
 """Noise schedules as numbers, and the closed-form score of their steps.
 
 Train timesteps here are diffusers': 0 is the least noisy. The formulas of the papers count from
-1, so their t is `timestep + 1`. With flow matching train timestep k is the one of
-sigma = shift((k + 1) / T); a scheduler names it by T sigma, which `NoiseSchedule.timesteps` holds.
+1, so their t is `timestep + 1`. What a scheduler calls a train timestep may differ from its number
+(T sigma with flow matching, ln(sigma) / 4 with EDM): `NoiseSchedule.timesteps` holds it.
 """
 
 from __future__ import annotations
@@ -12,10 +12,16 @@ from typing import Any
 
 import numpy as np
 
+from .schedulers import Levels, alpha_levels, flow_levels, step_levels, train_levels
+
 #: ln SNR is clamped to this range: it is infinite at zero terminal SNR.
 LOG_SNR_LIMIT = 14.0
 
-NAMED_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+#: M and lambda where none are given.
+THRESHOLD, SNR_WEIGHT = 0.55, 0.01
+FLOW_THRESHOLD, FLOW_SNR_WEIGHT = 0.55, 0.01
+
+NAMED_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "flow")
 
 
 @dataclass(frozen=True)
@@ -25,8 +31,12 @@ class NoiseSchedule:
     Args:
         signal: (T,) float64.
         noise: (T,) float64.
-        timesteps: (T,) what a scheduler calls each of them, ascending: int64 0..T-1 (the default),
-            or float64.
+        timesteps: (T,) what a scheduler calls each of them: int64 0..T-1 (the default), or
+            float64.
+        naming: how it calls them, one of `schedulers.NAMINGS`.
+        usual_power: P of data that the schedule is made for: 1, or sigma_data^2 with EDM, whose
+            denoisers see x_0 / sigma_data where there is no noise.
+        flow: whether of flow matching.
 
     Source: MosaicDiff (arXiv 2510.11962); the normalisation of the score is ours.
     """
@@ -34,6 +44,9 @@ class NoiseSchedule:
     signal: np.ndarray
     noise: np.ndarray
     timesteps: np.ndarray = None  # type: ignore[assignment]
+    naming: str = "number"
+    usual_power: float = 1.0
+    flow: bool = False
 
     def __post_init__(self) -> None:
         if self.timesteps is None:
@@ -43,23 +56,23 @@ class NoiseSchedule:
         return len(self.signal)
 
     @classmethod
+    def _of(cls, levels: Levels) -> NoiseSchedule:
+        return cls(
+            levels.signal, levels.noise, levels.timesteps, levels.naming, levels.usual_power,
+            levels.flow,
+        )  # fmt: skip
+
+    @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: Any) -> NoiseSchedule:
         """Build the variance-preserving schedule: signal sqrt(abar), noise sqrt(1 - abar)."""
-        abar = np.asarray(alphas_cumprod, dtype=np.float64)
-        if abar.ndim != 1 or len(abar) < 2:
-            raise ValueError(
-                "NoiseSchedule: alphas_cumprod must be one row of at least 2 numbers, "
-                f"got shape {abar.shape}."
-            )
-        if not (np.isfinite(abar).all() and (abar >= 0).all() and (abar <= 1).all()):
-            raise ValueError("NoiseSchedule: alphas_cumprod must lie in [0, 1].")
-        if (np.diff(abar) >= 0).any():
-            raise ValueError("NoiseSchedule: alphas_cumprod must fall from step to step.")
-        return cls(np.sqrt(abar), np.sqrt(1 - abar))
+        return cls._of(alpha_levels(alphas_cumprod))
 
     @classmethod
     def named(cls, name: str, timesteps: int = 1000) -> NoiseSchedule:
-        """Build one of diffusers' beta schedules with its usual range, in float64."""
+        """Build one of diffusers' beta schedules with its usual range, or `flow`, in float64.
+
+        `flow` is that of flow matching without a shift.
+        """
         if name == "linear":
             betas = np.linspace(1e-4, 0.02, timesteps)
         elif name == "scaled_linear":
@@ -67,6 +80,8 @@ class NoiseSchedule:
         elif name == "squaredcos_cap_v2":
             edges = np.cos((np.arange(timesteps + 1) / timesteps + 0.008) / 1.008 * np.pi / 2) ** 2
             betas = np.minimum(1 - edges[1:] / edges[:-1], 0.999)
+        elif name == "flow":
+            return cls.from_sigmas(np.arange(1, timesteps + 1) / timesteps)
         else:
             raise ValueError(
                 f"NoiseSchedule: name must be one of {', '.join(NAMED_SCHEDULES)}, got {name!r}."
@@ -80,64 +95,66 @@ class NoiseSchedule:
         Args:
             sigmas: (T,) rising, in (0, 1]. At 1 there is no signal, and ln SNR is clamped.
         """
-        sigma = np.asarray(sigmas, dtype=np.float64)
-        if sigma.ndim != 1 or len(sigma) < 2:
-            raise ValueError(
-                "NoiseSchedule: sigmas must be one row of at least 2 numbers, "
-                f"got shape {sigma.shape}."
-            )
-        if not ((sigma > 0).all() and (sigma <= 1).all() and (np.diff(sigma) > 0).all()):
-            raise ValueError("NoiseSchedule: sigmas must rise from step to step within (0, 1].")
-        return cls(1 - sigma, sigma, len(sigma) * sigma)
+        return cls._of(flow_levels(sigmas))
 
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> NoiseSchedule:
-        """Read the train schedule of a diffusers scheduler from its configuration.
-
-        Of the variance-preserving family its `alphas_cumprod`. Of flow matching the sigmas
-        k / T for k = 1..T with the static shift s: s sigma / (1 + (s - 1) sigma). That is what
-        diffusers' FlowMatch schedulers hold before `set_timesteps`; a shift that depends on the
-        resolution moves the sampler's steps only, so there s is 1.
+        """Read the train schedule of a diffusers scheduler; see `schedulers.train_levels`.
 
         Raises:
             ValueError: the scheduler gives no signal-to-noise ratio that this version knows.
         """
-        if is_flow(scheduler):
-            return cls.from_sigmas(_flow_sigmas(scheduler))
-        alphas = getattr(scheduler, "alphas_cumprod", None)
-        if alphas is None:
-            raise ValueError(
-                "NoiseSchedule: scheduler must be variance preserving (one with alphas_cumprod: "
-                "DDIM, DDPM, DPM-Solver++, UniPC, Euler, Heun, ...) or flow matching, got "
-                f"{type(scheduler).__name__}, which gives no signal-to-noise ratio by train "
-                "timestep. EDM schedulers are not supported yet."
-            )
-        return cls.from_alphas_cumprod(alphas.detach().cpu().numpy())
+        return cls._of(train_levels(scheduler))
 
     def index_of(self, timesteps: Any) -> np.ndarray:
         """Return train timesteps (fractions between two) by what a scheduler calls them."""
-        return np.interp(np.asarray(timesteps, np.float64), self.timesteps, np.arange(len(self)))
+        order = np.argsort(self.timesteps, kind="stable")
+        given = np.asarray(timesteps, np.float64)
+        return np.interp(given, self.timesteps[order], np.arange(len(self))[order].astype(float))
+
+    def index_of_log_snr(self, log_snr: Any) -> np.ndarray:
+        """Return train timesteps (fractions between two) by their ln SNR."""
+        index = np.interp(-np.asarray(log_snr), -self.log_snr, np.arange(len(self), dtype=float))
+        return index.round(3)  # sampled levels are rounded themselves, most to float32
 
     @property
     def log_snr(self) -> np.ndarray:
         """ln(signal^2 / noise^2), clamped, (T,)."""
         return log_snr(self.signal, self.noise)
 
-    def expected_mse(self, power: float = 1.0) -> np.ndarray:
-        """E[MSE(t)] = (1 - signal_t)^2 P + noise_t^2, (T,)."""
-        return (1 - self.signal) ** 2 * power + self.noise**2
+    def expected_mse(self, power: float | None = None) -> np.ndarray:
+        """E[MSE(t)] = (1 - signal_t)^2 P + noise_t^2, (T,).
 
-    def expected_gradient(self, power: float = 1.0) -> np.ndarray:
+        Where the usual power p is not 1 (EDM), x_0 is measured in sqrt(p), as the denoiser sees
+        it: (1 - sqrt(p) signal_t)^2 P / p + noise_t^2.
+        """
+        unit = self.usual_power
+        given = unit if power is None else power
+        return (1 - unit**0.5 * self.signal) ** 2 * given / unit + self.noise**2
+
+    def expected_gradient(self, power: float | None = None) -> np.ndarray:
         """E[Grad(t)] = E[MSE(t)] - E[MSE(t-1)], (T,); before the first step nothing is lost."""
         return np.diff(self.expected_mse(power), prepend=0.0)
 
-    def score(self, power: float = 1.0, snr_weight: float = 0.01) -> np.ndarray:
+    @property
+    def usual_threshold(self) -> float:
+        """M where none is given."""
+        return FLOW_THRESHOLD if self.flow else THRESHOLD
+
+    @property
+    def usual_snr_weight(self) -> float:
+        """lambda where none is given."""
+        return FLOW_SNR_WEIGHT if self.flow else SNR_WEIGHT
+
+    def score(self, power: float | None = None, snr_weight: float | None = None) -> np.ndarray:
         """score(t) = E[Grad(t)] / max E[Grad] + lambda ln SNR(t), (T,).
 
         Args:
-            power: P, the mean square of the clean latents.
-            snr_weight: lambda.
+            power: P, the mean square of the clean latents; the usual one by default.
+            snr_weight: lambda; the usual one by default.
         """
+        if snr_weight is None:
+            snr_weight = self.usual_snr_weight
         gradient = self.expected_gradient(power)
         return gradient / gradient.max() + snr_weight * self.log_snr
 
@@ -149,66 +166,10 @@ def log_snr(signal: np.ndarray, noise: np.ndarray) -> np.ndarray:
     return np.clip(ratio, -LOG_SNR_LIMIT, LOG_SNR_LIMIT)
 
 
-def is_flow(scheduler: Any) -> bool:
-    """Tell whether a scheduler samples by flow matching."""
-    config = getattr(scheduler, "config", {})
-    return (
-        "FlowMatch" in type(scheduler).__name__
-        or bool(config.get("use_flow_sigmas", False))
-        or config.get("prediction_type") == "flow_prediction"
-    )
-
-
-def _flow_sigmas(scheduler: Any) -> np.ndarray:
-    """Return the train sigmas of a flow-matching scheduler, rising."""
-    config = scheduler.config
-    named = "FlowMatch" in type(scheduler).__name__
-    if not (named or config.get("use_flow_sigmas")) or config.get("invert_sigmas"):
-        raise ValueError(
-            "NoiseSchedule: scheduler of flow matching must be one of diffusers' FlowMatch "
-            "classes, or have use_flow_sigmas, and not invert its sigmas, got "
-            f"{type(scheduler).__name__}."
-        )
-    total = config["num_train_timesteps"]
-    shift = config.get("shift" if named else "flow_shift") or 1.0
-    if config.get("use_dynamic_shifting"):
-        shift = 1.0
-    sigma = np.arange(1, total + 1) / total
-    return shift * sigma / (1 + (shift - 1) * sigma)
-
-
-def start_steps(scheduler: Any, steps: int) -> None:
-    """Call `set_timesteps` of a sampler that is the caller's own.
-
-    Raises:
-        ValueError: its steps depend on the resolution.
-    """
-    if getattr(scheduler, "config", {}).get("use_dynamic_shifting"):
-        raise ValueError(
-            "prune: scheduler must have one shift for every resolution, but use_dynamic_shifting "
-            "is set. Give a copy with use_dynamic_shifting=False and the shift of the size you "
-            "sample at."
-        )
-    scheduler.set_timesteps(steps)
-
-
 def step_log_snr(scheduler: Any) -> np.ndarray:
-    """Return ln SNR of every entry of `scheduler.timesteps`, after `set_timesteps`.
+    """Return ln SNR of every entry of `scheduler.timesteps`, after `set_timesteps`, clamped.
 
-    The sigmas are trusted where there are any (some schedulers round their timesteps): SNR is
-    ((1 - sigma) / sigma)^2 with flow matching, 1 / sigma^2 otherwise. Without sigmas the timesteps
-    index the train schedule. Reads tensors that the schedulers keep on the CPU.
+    It is that of what the denoiser is given there. Reads tensors that the schedulers keep on the
+    CPU; see `schedulers.step_levels`.
     """
-    timesteps = scheduler.timesteps
-    sigmas = getattr(scheduler, "sigmas", None)
-    if sigmas is not None:
-        sigma = np.asarray(sigmas.cpu(), dtype=np.float64)[: len(timesteps)]
-        return flow_log_snr(sigma) if is_flow(scheduler) else log_snr(np.ones_like(sigma), sigma)
-    index = np.asarray(timesteps.cpu(), dtype=np.int64)
-    return NoiseSchedule.from_scheduler(scheduler).log_snr[index]
-
-
-def flow_log_snr(sigma: Any) -> np.ndarray:
-    """Return ln ((1 - sigma) / sigma)^2, clamped; sigma is taken into [0, 1]."""
-    sigma = np.clip(np.asarray(sigma, dtype=np.float64), 0.0, 1.0)
-    return log_snr(1 - sigma, sigma)
+    return log_snr(*step_levels(scheduler))

@@ -81,12 +81,9 @@ def settle_stages(job: Job, given: Calibration, tell: Progress) -> tuple[Frame, 
 def frame_of(job: Job, given: Calibration, partition: Partition) -> tuple[Frame, Calibration]:
     """Make the stages of a partition of the bins."""
     starts = [given.division.stages[i].last + 1 for i in partition.firsts[1:]]
-    division = Division.at_timesteps(job.frame.schedule, starts)
-    division = division.without_empty(job.frame.schedule, job.frame.visited)
-    steps = tuple(division.count_steps(job.frame.visited))
-    frame = replace(job.frame, division=division, steps=steps)
+    frame = job.frame.settle(Division.at_timesteps(job.frame.schedule, starts))
     bin_steps = given.division.count_steps(job.frame.visited)
-    return frame, fit_to_frame(given, division, bin_steps)
+    return frame, fit_to_frame(given, frame.division, bin_steps)
 
 
 def stages_from_data(job: Job, given: Calibration, tell: Progress) -> list[Partition]:
@@ -162,7 +159,7 @@ def _target(job: Job) -> float:
     """Return the MACs to save; a budget of another unit is weighed at half of what may go."""
     budget = job.config.budget
     share = budget.value if budget.unit == "sparsity" else 0.5
-    return share * job.costs.prunable * job.config.steps
+    return share * job.costs.prunable * sum(job.frame.steps)
 
 
 def _price(job: Job, apart: dict[tuple[int, int], _Run], bins: int) -> float:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from .schedule import NoiseSchedule
+from .schedule import NoiseSchedule, log_snr
+from .schedulers import NAMINGS, named_levels
 
 NAMES = ("early", "middle", "late")
 
@@ -31,10 +32,29 @@ class Division:
 
     Boundaries are kept as ln SNR because samplers differ in what they hand the denoiser as a
     timestep; `boundaries[k]` lies between stage k (noisier) and stage k + 1.
+
+    Args:
+        stages: noisiest first.
+        boundaries: ln SNR.
+        naming: how the schedulers of this family call a train timestep, one of
+            `schedulers.NAMINGS`: of a denoiser that no scheduler is attached to, all that is seen
+            is the timestep.
+        total: T, the timesteps of the schedule.
+
+    Raises:
+        ValueError: no such naming.
     """
 
     stages: tuple[Stage, ...]
     boundaries: tuple[float, ...]
+    naming: str = field(default="number", compare=False)
+    total: int = field(default=1000, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.naming not in NAMINGS:
+            raise ValueError(
+                f"Division: naming must be one of {', '.join(NAMINGS)}, got {self.naming!r}."
+            )
 
     def __len__(self) -> int:
         return len(self.stages)
@@ -61,6 +81,8 @@ class Division:
         return cls(
             tuple(Stage(n, low, high) for n, (low, high) in zip(names, runs, strict=True)),
             tuple(float(ratio[cut] + ratio[cut - 1]) / 2 for cut in cuts),
+            schedule.naming,
+            total,
         )
 
     def stage_of_log_snr(self, log_snr: Any) -> np.ndarray:
@@ -68,7 +90,13 @@ class Division:
         return np.searchsorted(np.asarray(self.boundaries), log_snr, side="right")
 
     def stage_of_timestep(self, timestep: float) -> int:
-        """Return the stage index of a train timestep (a fraction goes to the nearest)."""
+        """Return the stage index of what a scheduler calls a train timestep.
+
+        A fraction of a number goes to the nearest.
+        """
+        if self.naming != "number":
+            signal, noise = named_levels(self.naming, timestep, self.total)
+            return int(self.stage_of_log_snr(log_snr(np.asarray(signal), np.asarray(noise))))
         nearest = round(timestep)
         for index, stage in enumerate(self.stages):
             if nearest >= stage.first:
@@ -79,6 +107,14 @@ class Division:
         """Count the sampling steps that fall in each stage."""
         found = self.stage_of_log_snr(step_log_snr)
         return np.bincount(found, minlength=len(self.stages)).tolist()
+
+    def clipped(self, first: int, last: int) -> Division:
+        """Let the stages end within `first..last`, of which every stage must hold some."""
+        stages = tuple(
+            Stage(stage.name, max(stage.first, first), min(stage.last, last))
+            for stage in self.stages
+        )
+        return Division(stages, self.boundaries, self.naming, self.total)
 
     def without_empty(self, schedule: NoiseSchedule, step_log_snr: Any) -> Division:
         """Merge every stage that no sampling step visits into its cleaner neighbour.
@@ -95,15 +131,15 @@ class Division:
             Stage(old.name, new.first, new.last)
             for old, new in zip(visited, merged.stages, strict=True)
         )
-        return Division(named, merged.boundaries)
+        return Division(named, merged.boundaries, schedule.naming, len(schedule))
 
 
 def divide(
     schedule: NoiseSchedule,
     *,
-    power: float = 1.0,
-    threshold: float = 0.55,
-    snr_weight: float = 0.01,
+    power: float | None = None,
+    threshold: float | None = None,
+    snr_weight: float | None = None,
 ) -> Division:
     """Divide by the closed-form score: the middle stage is where pretraining learns fast.
 
@@ -112,12 +148,14 @@ def divide(
     one; either may be missing.
 
     Args:
-        power: P, the mean square of the clean latents.
-        threshold: M in (0, 1).
-        snr_weight: lambda, not negative.
+        power: P, the mean square of the clean latents; the schedule's usual one by default.
+        threshold: M in (0, 1); the schedule's usual one by default.
+        snr_weight: lambda, not negative; the schedule's usual one by default.
 
     Source: MosaicDiff (arXiv 2510.11962), section 3; threshold and lambda are our defaults.
     """
+    if threshold is None:
+        threshold = schedule.usual_threshold
     score = schedule.score(power, snr_weight)
     peak = int(score.argmax())
     fast = score >= threshold * score[peak]
@@ -140,7 +178,7 @@ def divide(
         Stage(name, stage.first, stage.last)
         for name, stage in zip(names, division.stages, strict=True)
     )
-    return Division(named, division.boundaries)
+    return Division(named, division.boundaries, schedule.naming, len(schedule))
 
 
 def stage_means(division: Division, values: np.ndarray, step_log_snr: Any) -> list[float]:

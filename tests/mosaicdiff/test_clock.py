@@ -9,11 +9,11 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
-    EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    IPNDMScheduler,
     UniPCMultistepScheduler,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -248,7 +248,7 @@ def test_no_timestep_is_refused(staged_pipe):
 
 def test_a_scheduler_without_snr_cannot_be_attached(staged_pipe):
     with pytest.raises(ValueError, match="scheduler must be variance preserving"):
-        staged_pipe.transformer.attach(EDMEulerScheduler())
+        staged_pipe.transformer.attach(IPNDMScheduler())
 
 
 def test_a_copied_denoiser_reads_for_itself(staged_pipe):

@@ -2,14 +2,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    CMStochasticIterativeScheduler,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
-    EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
     HeunDiscreteScheduler,
+    IPNDMScheduler,
     UniPCMultistepScheduler,
 )
 from hypothesis import given
@@ -27,7 +28,7 @@ from mosaicdiff.trajectory.schedule import (
 from mosaicdiff.trajectory.stages import divide
 
 
-@pytest.mark.parametrize("name", NAMED_SCHEDULES)
+@pytest.mark.parametrize("name", [name for name in NAMED_SCHEDULES if name != "flow"])
 @pytest.mark.parametrize("power", [0.3, 1.0, 2.5])
 def test_gradient_is_the_closed_form_of_the_paper(name, power):
     schedule = NoiseSchedule.named(name)
@@ -95,8 +96,8 @@ def test_zero_terminal_snr_is_clamped():
 @pytest.mark.parametrize(
     "scheduler, message",
     [
-        (EDMEulerScheduler(), "scheduler must be variance preserving"),
-        (FlowMatchEulerDiscreteScheduler(invert_sigmas=True), "not invert its sigmas"),
+        (IPNDMScheduler(), "got IPNDMScheduler, which gives no signal-to-noise"),
+        (CMStochasticIterativeScheduler(), "got CMStochasticIterativeScheduler, which gives no"),
         (
             DPMSolverMultistepScheduler(prediction_type="flow_prediction"),
             "one of diffusers' FlowMatch classes, or have use_flow_sigmas",
@@ -186,9 +187,9 @@ def test_bad_sigmas_are_refused(sigmas, message):
         NoiseSchedule.from_sigmas(sigmas)
 
 
-def test_a_shift_that_depends_on_the_resolution_is_refused_for_plans():
+def test_a_shift_that_depends_on_the_resolution_needs_the_tokens():
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    with pytest.raises(ValueError, match="use_dynamic_shifting=False and the shift of the size"):
+    with pytest.raises(ValueError, match="use_dynamic_shifting=False and the shift of your size"):
         make_frame(scheduler, PruneConfig())
 
 

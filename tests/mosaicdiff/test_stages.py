@@ -45,7 +45,7 @@ def test_stages_partition_the_timesteps(name, threshold, weight, power):
     assert is_partition(division, len(schedule))
     assert all(len(stage) > 0 for stage in division.stages)
     found = division.stage_of_log_snr(schedule.log_snr)
-    by_timestep = [division.stage_of_timestep(t) for t in range(len(schedule))]
+    by_timestep = [division.stage_of_timestep(t) for t in schedule.timesteps]
     clamped = np.abs(schedule.log_snr) >= 14
     assert (found == by_timestep)[~clamped].all()
 
