@@ -82,6 +82,10 @@ class Piece:
     partial: bool = False
     whole: bool = False
 
+    def within(self, module: str) -> bool:
+        """Return whether a module holds its parameter."""
+        return self.parameter.startswith(f"{module}.")
+
 
 @dataclass(frozen=True)
 class PrunableLayer:

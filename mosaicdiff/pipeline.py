@@ -17,10 +17,11 @@ from .allocation.latency_budget import with_latencies
 from .allocation.planning import PrunePlan, make_frame, share_plan
 from .config import PruneConfig
 from .groups import Denoiser
+from .inputs.asked import CalibrationSource
 from .packages.prune import in_packages, prune_in_packages
 from .report import PruneReport
 from .reporting import report_of
-from .request import CalibrationSource, Job, prepare, sampling_of
+from .request import Job, prepare, sampling_of
 from .runtime import StagedDenoiser
 from .solving.fit import assemble, last_groups_removed
 from .sources import find_denoisers, source_name
@@ -57,6 +58,7 @@ def plan(
     calibration: CalibrationSource = None,
     measured: Calibration | str | Path | None = None,
     prompts: PromptSource = None,
+    cache: bool = True,
     component: str | None = None,
 ) -> PrunePlan:
     """Check a request and say what it would remove, without running the model.
@@ -68,7 +70,12 @@ def plan(
         ValueError: what is removed depends on a calibration that is not there yet.
     """
     asked = config or PruneConfig()
-    return plan_of(prepare(model, asked, scheduler, calibration, measured, prompts, component))
+    return plan_of(
+        prepare(
+            model, asked, scheduler, calibration, measured, prompts,
+            cache=cache, component=component,
+        )
+    )  # fmt: skip
 
 
 def plan_of(job: Job) -> PrunePlan:
@@ -104,6 +111,7 @@ def prune(
     calibration: CalibrationSource = None,
     measured: Calibration | str | Path | None = None,
     prompts: PromptSource = None,
+    cache: bool = True,
     search_state: str | Path | None = None,
     state: str | Path | None = None,
     resume: str | Path | None = None,
@@ -121,16 +129,21 @@ def prune(
             is left as it is.
         config: what to do; the defaults remove 30%.
         scheduler: of a bare denoiser; of a pipeline the default is its own.
-        calibration: clean latents: batches of (latents (B, C, H, W), other forward arguments),
-            or, for a pipeline, a path (a folder of images, `.npz`, `.safetensors`). The
+        calibration: clean latents: batches of (latents (B, ...), other forward arguments),
+            or, for a pipeline, a path (a folder of images with captions or by class, a
+            `.safetensors` or `.npz`, or a folder of those; see `sources.load_calibration`). The
             embedded `digits` pipeline needs none, nor does `activations="trajectory"`: what
             needs clean latents takes those that the pipeline draws, and the closed-form stages
             take a power of 1.
         measured: what `calibrate` gave, or its file: then the model is not run again, but for
             budgets and searches that measure the result.
         prompts: of `activations="trajectory"`: texts, or labels (numbers or names) of a
-            class-conditional pipeline, or a `.txt` file with one in a line. Labels may be left
-            out: then all classes are drawn evenly.
+            class-conditional pipeline, or a file of them (`.txt` with one in a line, `.json`,
+            `.jsonl`, `.csv`, `.tsv`; `PromptFile` names a column). Labels may be left out: then
+            all classes are drawn evenly. Of `activations="noised"`: captions of the images or
+            latents of a path that has none, in the order of file names.
+        cache: whether encoded images and captions are kept in the user's cache folder and taken
+            from there.
         search_state: file that keeps an evolutionary search; one that is there is gone on with.
         state: new folder that keeps every package once it is solved.
         resume: such a folder that an interrupted run left, to go on from.
@@ -157,7 +170,10 @@ def prune(
         if calibration is not None and not isinstance(calibration, (str, Path)):
             calibration = list(calibration)  # read once for each
     jobs = [
-        prepare(model, asked, scheduler, calibration, measured, prompts, name) for name in names
+        prepare(
+            model, asked, scheduler, calibration, measured, prompts, component=name, cache=cache
+        )
+        for name in names
     ]
     folder = resume if state is None else state
     results = []
@@ -195,9 +211,7 @@ def _prune_one(
     return PruneResult(staged, report, job.pipeline, job.component)
 
 
-def _components(
-    model: DiffusionPipeline | Denoiser, component: str | None
-) -> Sequence[str | None]:
+def _components(model: DiffusionPipeline | Denoiser, component: str | None) -> Sequence[str | None]:
     """Name the denoisers to prune."""
     if component is not None or not isinstance(model, DiffusionPipeline):
         return [component]
@@ -243,19 +257,20 @@ def calibrate(
     scheduler: Any = None,
     calibration: CalibrationSource = None,
     prompts: PromptSource = None,
+    cache: bool = True,
     progress: Progress | None = None,
     component: str | None = None,
 ) -> Calibration:
     """Measure all that pruning needs of a model, once for every budget.
 
     Arguments and errors are those of `prune`; of a pipeline with two denoisers, `component` is
-    measured, by default the one that is called first. With `stages="auto"` the bins are kept, and the
-    stages may be put wherever bins meet; otherwise the curves of the stages are traced too.
+    measured, by default the one that is called first. With `stages="auto"` the bins are kept, and
+    the stages may be put wherever bins meet; otherwise the curves of the stages are traced too.
     """
     asked = config or PruneConfig()
     job = prepare(
-        model, asked, scheduler, calibration, prompts=prompts, component=component
-    )  # fmt: skip
+        model, asked, scheduler, calibration, prompts=prompts, cache=cache, component=component
+    )
     return calibrate_job(job, progress or _silent)
 
 

@@ -63,8 +63,9 @@ class Surgeon:
             if stand_in is not None:
                 builder.replace(layer.home, stand_in)
                 standing.add(name)
-                continue
             for piece in layer.pieces:
+                if stand_in is not None and piece.within(layer.home):
+                    continue
                 if piece.name in state.parts:
                     module, _, leaf = piece.parameter.rpartition(".")
                     tensors[module][leaf] = self._parameter(dense, piece, states)
@@ -125,13 +126,16 @@ class Surgeon:
             kept: groups of every layer that is not whole in this stage.
         """
         module = stage.get_submodule(layer.home)
-        if isinstance(module, StandIn):
-            pairs = zip(layer.readers, module.biases(), strict=False)
-            return {f"{r.module}.bias": b.detach() for r, b in pairs if b is not None}
+        stands = isinstance(module, StandIn)
         if layer.name not in kept and not any(p.parameter in self._runs for p in layer.pieces):
             return dense_parts(stage, layer)
         found: Parts = {}
+        if stands:
+            pairs = zip(layer.readers, module.biases(), strict=False)
+            found |= {f"{r.module}.bias": b.detach() for r, b in pairs if b is not None}
         for piece in layer.pieces:
+            if stands and piece.within(layer.home):
+                continue
             tensor = _stage_parameter(stage, piece.parameter)
             if tensor is None:
                 continue

@@ -20,10 +20,13 @@ class Condition:
 
     Args:
         argument: of the forward; dotted where it lies in a dict (`added_cond_kwargs.text_embeds`).
-        shape: of one sample: numbers, names of the denoiser's configuration, or streams of tokens
-            (`text`), whose length is free but the same for all conditions that name it.
+        shape: of one sample: numbers, names of the denoiser's configuration (`a|b` is b where a
+            is None), or streams of tokens (`text`), whose length is free but the same for all
+            conditions that name it.
         label: what a calibration file calls it; the last part of the argument by default.
         optional: whether a batch may be without.
+        when: name of a switch of the configuration: a denoiser in which it is off takes no notice
+            of this input, and a batch may be without.
         null: whether a null condition differs in it.
         per_call: whether a call takes one value for all rows (positions, numbers of frames); a
             batch still holds a row for each sample.
@@ -37,6 +40,7 @@ class Condition:
     shape: tuple[int | str, ...] = ()
     label: str = ""
     optional: bool = False
+    when: str = ""
     null: bool = True
     per_call: bool = False
     number: type | None = None
@@ -57,6 +61,14 @@ class Condition:
     def negative(self) -> str:
         """Name of the null condition in a batch."""
         return NEGATIVE + self.name
+
+    def taken(self, denoiser: Denoiser) -> bool:
+        """Return whether a denoiser takes notice of it."""
+        return not self.when or bool(getattr(denoiser.config, self.when))
+
+    def needed(self, denoiser: Denoiser) -> bool:
+        """Return whether a batch for a denoiser must hold it."""
+        return not self.optional and self.taken(denoiser)
 
     def find(self, arguments: Mapping[str, Any]) -> Any:
         """Return its value in the arguments of a call, or None."""
@@ -96,12 +108,12 @@ def check_conditions(
         ValueError: names the input.
     """
     known = {c.name: c for c in conditions} | {c.negative: c for c in conditions if c.null}
-    needed = [c.name for c in conditions if not c.optional]
+    needed = [c.name for c in conditions if c.needed(denoiser)]
     missing, unknown = set(needed) - set(inputs), set(inputs) - set(known)
     nulls = [c for c in conditions if c.null and c.name in inputs]
     given = [c for c in nulls if c.negative in inputs]
     if missing or unknown or (given and len(given) < len(nulls)):
-        null = " and ".join(c.negative for c in nulls if not c.optional)
+        null = " and ".join(c.negative for c in nulls if c.needed(denoiser))
         can = f" and, where there is a null condition, {null}" if null else ""
         raise ValueError(
             f"calibration: inputs of a batch for {family} must be {' and '.join(needed)}{can}, "
@@ -122,7 +134,7 @@ def check_conditions(
             ]
             raise ValueError(f"calibration: {name} must be ({', '.join(names)}), got {shape}.")
         for part, got in zip(condition.shape, shape[1:], strict=True):
-            if isinstance(part, str) and not hasattr(denoiser.config, part):
+            if isinstance(part, str) and _configured(denoiser, part) is None:
                 free.setdefault(part, got)
         if condition.whole_numbers == value.is_floating_point() and value.dtype != torch.bool:
             kind = "whole" if condition.whole_numbers else "floating-point"
@@ -131,15 +143,26 @@ def check_conditions(
             raise ValueError(
                 f"calibration: {name} must be finite floating-point numbers, got NaN or infinity."
             )
+        if condition.per_call and not bool((value == value[:1]).all()):
+            raise ValueError(
+                f"calibration: {name} must be the same for all samples of a batch, got several: a "
+                "call takes one for all its rows. Give samples that differ in it in batches of "
+                "their own."
+            )
 
 
 def _size(denoiser: Denoiser, part: int | str, free: Mapping[str, int]) -> int | None:
     """Return what a part of a shape must be; None where anything goes."""
     if isinstance(part, int):
         return part
-    if hasattr(denoiser.config, part):
-        return getattr(denoiser.config, part)
-    return free.get(part)
+    configured = _configured(denoiser, part)
+    return free.get(part) if configured is None else configured
+
+
+def _configured(denoiser: Denoiser, part: str) -> int | None:
+    """Return what the configuration says of a part of a shape; None where it says nothing."""
+    values = (getattr(denoiser.config, name, None) for name in part.split("|"))
+    return next((value for value in values if value is not None), None)
 
 
 def with_null(
@@ -173,7 +196,7 @@ def example_conditions(
     """Make conditions of the right shapes and types, without the optional ones."""
     dtype, found = next(denoiser.parameters()).dtype, {}
     for condition in conditions:
-        if condition.optional:
+        if not condition.needed(denoiser):
             continue
         sizes = [_size(denoiser, part, tokens) for part in condition.shape]
         kind = torch.long if condition.whole_numbers else dtype

@@ -147,6 +147,7 @@ def layer_inputs(
 def timed_module(layer: PrunableLayer) -> tuple[str, bool]:
     """Return the name of the module to time a layer by, and whether it holds that layer alone."""
     alone = all(name.startswith(f"{layer.name}.") for name in layer.modules)
+    alone = alone and not any(piece.partial for piece in layer.pieces)
     return (layer.name, True) if alone else (layer.block, False)
 
 

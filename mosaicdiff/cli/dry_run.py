@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ..allocation.planning import PrunePlan
     from ..config import PruneConfig
     from ..request import Job
+    from ..statistics.prompts import PromptSource
     from ..trajectory.stages import Division
 
 
@@ -21,7 +22,8 @@ def dry_run(
     config: PruneConfig,
     calibration: str | None,
     measured: Path | None,
-    prompts: Path | None,
+    prompts: PromptSource,
+    cache: bool,
     component: str | None,
     as_json: bool,
 ) -> None:
@@ -33,7 +35,10 @@ def dry_run(
     from ..sources import find_denoisers
 
     names = [part.name for part in find_denoisers(pipe)] if component is None else [component]
-    jobs = [prepare(pipe, config, None, calibration, measured, prompts, name) for name in names]
+    jobs = [
+        prepare(pipe, config, None, calibration, measured, prompts, component=name, cache=cache)
+        for name in names
+    ]
     described = []
     for job in jobs:
         if len(jobs) > 1 and not as_json:

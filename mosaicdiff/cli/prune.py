@@ -11,7 +11,6 @@ import click
 from ..config import PruneConfig
 from .common import (
     check_calibration,
-    check_prompts,
     console,
     device_option,
     dtype_option,
@@ -24,6 +23,7 @@ from .common import (
     pick_dtype,
     pipeline_config_option,
     print_json,
+    prompt_source,
     told_progress,
 )
 from .dry_run import dry_run
@@ -119,13 +119,13 @@ def prune(context: click.Context, as_json: bool, **options: Any) -> None:
         check_output_folder(output, options["overwrite"])
     calibration, measured = options["calibration"], options["measured"]
     check_calibration(calibration)
-    check_prompts(options["prompts"])
+    prompts, cache = prompt_source(options), not options["no_cache"]
     pipe = load_pipeline(model, dtype, device, place)
     if in_one:
         _check_layout(model, pipe)
     if options["dry_run"] or output is None:
         component = options["component"]
-        dry_run(pipe, config, calibration, measured, options["prompts"], component, as_json)
+        dry_run(pipe, config, calibration, measured, prompts, cache, component, as_json)
         return
     search = options["search_state"]
     if config.allocation == "evolutionary" and search is None:
@@ -137,8 +137,8 @@ def prune(context: click.Context, as_json: bool, **options: Any) -> None:
     state = output.with_name(output.name + ".packages") if in_parts else None
     with told_progress(quiet=not world.is_first) as tell:
         result = run(
-            pipe, config, calibration=calibration, measured=measured, prompts=options["prompts"],
-            search_state=search, state=state, resume=resume, progress=tell,
+            pipe, config, calibration=calibration, measured=measured, prompts=prompts,
+            cache=cache, search_state=search, state=state, resume=resume, progress=tell,
             component=options["component"],
         )  # fmt: skip
     if not world.is_first:

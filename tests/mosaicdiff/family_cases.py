@@ -1,29 +1,10 @@
 """Tiny denoisers of every family, each with a batch that it can be called with."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 
+from . import cases_a, cases_b
 from .conftest import tiny_denoiser, tiny_sd3, tiny_sd3_batches
-
-
-@dataclass(frozen=True)
-class FamilyCase:
-    """One family, or one kind of it.
-
-    Args:
-        make: builds the denoiser with random weights, always the same, in float32.
-        batch: latents (B, ...) as the scheduler steps them, timesteps (B,) as it calls them, and
-            the conditions of a calibration batch; float32.
-        fuses: what is raised where projections are fused after cutting, which is refused; None
-            where that is fine.
-    """
-
-    make: Callable[[], Any]
-    batch: Callable[[], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
-    fuses: str | None = None
+from .family_case import FamilyCase
 
 
 def _dit() -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
@@ -43,4 +24,16 @@ CASES: dict[str, FamilyCase] = {
     "sd3": FamilyCase(lambda: tiny_sd3(dual=(), qk_norm=None), _sd3),
     # diffusers cannot fuse a block with a second attention, cut or not.
     "sd3.5": FamilyCase(tiny_sd3, _sd3, fuses="has no attribute"),
+    **cases_a.CASES,
+    "pixart-alpha": FamilyCase(
+        lambda: cases_b.tiny_pixart(use_additional_conditions=True), cases_b.pixart_alpha_batch
+    ),
+    "pixart-sigma": FamilyCase(cases_b.tiny_pixart, cases_b.pixart_batch),
+    "sd1.5": FamilyCase(cases_b.tiny_unet, cases_b.unet_batch),
+    "sdxl": FamilyCase(cases_b.tiny_sdxl, cases_b.sdxl_batch),
+    # Norms across heads: their projections stay whole, values do not.
+    "wan": FamilyCase(cases_b.tiny_wan, cases_b.wan_batch, fuses="cannot be fused"),
+    "wan-picture": FamilyCase(
+        cases_b.tiny_wan_picture, cases_b.wan_picture_batch, fuses="cannot be fused"
+    ),
 }

@@ -177,7 +177,12 @@ def test_a_run_that_begins_late(name, scheduler_name, options):
     clock = StageClock(division, pipeline.scale)
     clock.attach(scheduler)
     route = []
-    run(pipeline, scheduler, lambda given, t: route.append((clock.stage_of_call(given), float(t))), 5)
+    run(
+        pipeline,
+        scheduler,
+        lambda given, t: route.append((clock.stage_of_call(given), float(t))),
+        5,
+    )
     assert route == [(division.stage_of_timestep(t), t) for _, t in route]
     assert len(route) == pipeline.calls * (len(scheduler.timesteps) - 5)
 
