@@ -91,7 +91,12 @@ def draw_stages(
     for (label, points), mark in zip(measured.items(), ("o", "x"), strict=False):
         top.plot(points[0] + 1, points[1], mark, ms=4, label=f"measured, {label}")
     top.set_ylabel("MSE of x_t to x_0")
-    bottom.plot(t, gradient / gradient.max(), color="#937860", label=f"E[Grad]{' by ln SNR' if schedule.flow else ''} / max")
+    bottom.plot(
+        t,
+        gradient / gradient.max(),
+        color="#937860",
+        label=f"E[Grad]{' by ln SNR' if schedule.flow else ''} / max",
+    )
     if snr_weight > 0:
         bottom.plot(t, snr_weight * schedule.log_snr, color="#64B5CD", label="lambda ln SNR")
     bottom.plot(t, score, color="black", label="score")

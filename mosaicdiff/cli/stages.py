@@ -40,17 +40,21 @@ if TYPE_CHECKING:
     help="Sampling steps (DDIM for --schedule, Euler for flow).",
 )  # fmt: skip
 @click.option(
-    "--shift", default="1", show_default=True,
+    "--shift",
+    default="1",
+    show_default=True,
     help="Of --schedule flow: of the sampler's sigmas, or dynamic: by --tokens, as FLUX has it.",
 )
 @click.option("--tokens", type=int, help="Of an image, where the shift depends on the resolution.")
 @click.option(
-    "--threshold", type=float,
+    "--threshold",
+    type=float,
     help="M: where the middle begins.  "
     f"[default: {THRESHOLD:g}; {FLOW_THRESHOLD:g} with flow matching]",
 )
 @click.option(
-    "--snr-weight", type=float,
+    "--snr-weight",
+    type=float,
     help="lambda, weight of ln SNR.  "
     f"[default: {SNR_WEIGHT:g}; {FLOW_SNR_WEIGHT:g} with flow matching]",
 )
@@ -199,7 +203,7 @@ def _measure(noise: Any, latents: Any, denoiser: Any, scheduler: Any) -> dict[st
     }
 
 
-def _read_model(model: str, place: str | None) -> tuple[Any, Any, Any]:
+def _read_model(model: str, component: str | None, place: str | None) -> tuple[Any, Any, Component]:
     """Return a model's scheduler, its latents where it carries its own data, and its denoiser."""
     import torch
 
