@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_flow curves     # predicted and measured errors by sigma
     python -m benchmarks.bench_flow rules      # what the score is taken by, and its M and lambda
-    python -m benchmarks.bench_flow quality    # 30% in the usual stages, equal ones, and one network
+    python -m benchmarks.bench_flow quality    # 30% in the usual stages, in equal ones, in one
 
 Rows go to `benchmarks/results/flow.csv`. `rules` measures the final latents of 32 samples (squared
 error to the dense model's over their energy) after 30% by `optimal` at 25 steps, from 128
