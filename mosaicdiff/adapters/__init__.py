@@ -7,9 +7,19 @@ from typing import Any
 from .base import Adapter
 from .dit import DiTAdapter
 from .flux import FluxAdapter
+from .flux2 import Flux2Adapter
+from .hunyuan_video import HunyuanVideoAdapter
+from .qwen import QwenImageAdapter
 from .sd3 import SD3Adapter
 
-_ADAPTERS: tuple[Adapter, ...] = (DiTAdapter(), FluxAdapter(), SD3Adapter())
+_ADAPTERS: tuple[Adapter, ...] = (
+    DiTAdapter(),
+    FluxAdapter(),
+    Flux2Adapter(),
+    HunyuanVideoAdapter(),
+    QwenImageAdapter(),
+    SD3Adapter(),
+)
 
 #: Class names of the denoisers that can be pruned.
 DENOISER_CLASSES = tuple(adapter.denoiser_class for adapter in _ADAPTERS)

@@ -94,6 +94,10 @@ def test_fused_afterwards_equals_unfused(case, dense):
     expected = call(packed, case)
     if not hasattr(packed, "fuse_qkv_projections"):
         pytest.skip("diffusers does not fuse the projections of this model")
+    whole = copy.deepcopy(dense)
+    whole.fuse_qkv_projections()
+    if not any(getattr(m, "fused_projections", False) for m in whole.modules()):
+        pytest.skip("diffusers leaves the projections of this model as they are, cut or not")
     if case.fuses is not None:
         with pytest.raises((ValueError, RuntimeError, AttributeError), match=case.fuses):
             fused = copy.deepcopy(packed)
