@@ -29,7 +29,7 @@ def is_trained(parameter: str) -> bool:
 
 
 def make_scheduler(shift: float = 1.0) -> DPMSolverMultistepScheduler:
-    """Make a sampler that `DiTPipeline` can run: the FlowMatch classes have no model input to scale.
+    """Make a sampler that `DiTPipeline` can run: FlowMatch classes have no model input to scale.
 
     Of first order it is Euler's method on the flow; the second is the usual.
     """

@@ -63,7 +63,8 @@ class PruneConfig:
             Where single weights go, `obs` is `plain` and the baselines are `none`.
         steps: sampling steps that the plan is made for.
         samples: calibration samples drawn for each stage.
-        batch_size: calibration samples run at once.
+        batch_size: calibration samples run at once; `auto`: as many as memory allows (see
+            `inputs.batching.fitting_rows`).
         seed: of everything that is drawn.
         null_share: share of the calibration samples that carry the null condition, in [0, 1].
         damping: added to the Hessian's diagonal, relative to its mean.
@@ -89,7 +90,8 @@ class PruneConfig:
             attention and groups go, as OBS-Diff does.
         activations: whose are seen: `noised` clean latents (MosaicDiff) or those of the pipeline
             along its `trajectory` (OBS-Diff), which needs no pictures.
-        trajectory: of `activations="trajectory"`.
+        trajectory: of `activations="trajectory"`; its guidance scale and options also say how a
+            pipeline encodes captions of images.
         packages: parts of the network, in its order, of which each is calibrated with those before
             it pruned; `auto`: as few as `memory` allows.
         memory: bytes that calibrating and pruning a package may take beside the model and its
@@ -124,7 +126,7 @@ class PruneConfig:
     compensation: str = "plain"
     steps: int = 50
     samples: int = 512
-    batch_size: int = 64
+    batch_size: int | str = 64
     seed: int = 0
     null_share: float = 0.1
     damping: float = 0.01
@@ -193,6 +195,16 @@ class PruneConfig:
         if self.removes_weights:
             return 1
         return SEARCHED_STAGES if self.allocation == "evolutionary" else CLOSED_FORM_STAGES
+
+    @property
+    def rows_at_once(self) -> int:
+        """The batch size, once it is chosen."""
+        if isinstance(self.batch_size, str):
+            raise ValueError(
+                f"PruneConfig: batch_size must be a number here, got {self.batch_size!r}. `prune` "
+                "and `calibrate` choose one for the model; elsewhere give it."
+            )
+        return self.batch_size
 
     @property
     def removes_weights(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from .allocation.budget import UNITS
@@ -96,11 +97,14 @@ def _check_choices(config: PruneConfig) -> None:
 
 
 def _check_activations(config: PruneConfig) -> None:
-    if config.activations == "noised" and config.trajectory != TrajectoryConfig():
+    # How the pipeline is called matters to texts that it encodes too.
+    called = replace(config.trajectory, guidance_scale=None, options={})
+    if config.activations == "noised" and called != TrajectoryConfig():
         raise ValueError(
             "PruneConfig: trajectory must be left out with activations 'noised', which samples "
             f"nothing, got {config.trajectory.to_dict(config.steps)}. Ask for activations "
-            "'trajectory' (--activations trajectory)."
+            "'trajectory' (--activations trajectory). Only guidance_scale and options serve "
+            "images with captions too."
         )
 
 
@@ -208,10 +212,12 @@ def _check_shares(config: PruneConfig) -> None:
 
 def _check_counts(config: PruneConfig) -> None:
     counts = (
-        "steps", "samples", "batch_size", "round_to", "bins", "max_stages", "latency_batch",
+        "steps", "samples", "round_to", "bins", "max_stages", "latency_batch",
         "probe_samples",
     )  # fmt: skip
     least = dict.fromkeys(counts, 1) | {"least_heads": 0, "least_neurons": 0}
+    if config.batch_size != "auto":
+        least["batch_size"] = 1
     require_whole_numbers(config, least)
     if not isinstance(config.seed, int) or config.seed < 0:
         raise ValueError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,34 +14,26 @@ from .allocation.costs import CostModel, layer_sizes
 from .allocation.planning import Frame, effort_bounds, make_frame, share_plan
 from .config import PruneConfig
 from .groups import Denoiser, PrunableLayer
+from .inputs.asked import CalibrationSource, read_asked, read_data, with_batch
 from .patterns import check_patterns
 from .runtime import StagedDenoiser
 from .sources import (
     DIGITS,
     Component,
-    class_count,
     find_component,
     find_denoisers,
-    load_calibration,
     source_name,
 )
 from .statistics.calibration import Calibration
 from .statistics.calibration_file import check_made_for, load_calibration_file, made_for
-from .statistics.noising import Batch, CalibrationSet
+from .statistics.noising import CalibrationSet
 from .statistics.prompts import (
     Prompts,
     PromptSource,
-    call_options,
-    condition_argument,
-    read_prompts,
 )
 from .statistics.sampled import SampledLatents
 from .targets import choose_targets, target_shares
 from .trajectory.schedulers import Sampling, is_flow
-from .trajectory.weights import step_weights
-
-#: What clean latents may be handed over as.
-CalibrationSource = str | Path | Iterable[Batch] | None
 
 
 @dataclass(frozen=True)
@@ -113,12 +104,15 @@ def prepare(
     calibration: CalibrationSource,
     measured: Calibration | str | Path | None = None,
     prompts: PromptSource = None,
+    *,
     component: str | None = None,
+    cache: bool = True,
 ) -> Job:
     """Check a request; see `pipeline.prune` for the arguments and errors.
 
     Args:
         component: which denoiser of a pipeline; the first that it calls by default.
+        cache: whether what is encoded is kept on disk.
     """
     pipeline = model if isinstance(model, DiffusionPipeline) else None
     part = _choose_part(model, component)
@@ -138,7 +132,7 @@ def prepare(
         )
     _check_family(adapter, scheduler)
     sampling = sampling_of(adapter, denoiser)
-    asked = _read_prompts(prompts, pipeline, config, measured is not None)
+    asked = read_asked(prompts, pipeline, config, calibration, measured is not None, cache)
     layers = adapter.layers(denoiser)
     config = _with_ends(config, adapter, denoiser)
     # Refuse what no calibration could save before reading it; the power of its latents comes later.
@@ -158,23 +152,24 @@ def prepare(
             )
         if isinstance(measured, (str, Path)):
             measured = load_calibration_file(measured)
-        check_made_for(measured, made_for(denoiser, scheduler, config, asked))
+        check_made_for(measured, made_for(denoiser, scheduler, config, asked.sampled))
     needless = config.activations == "trajectory" or (
         measured is not None and source_name(pipeline) != DIGITS
     )
     data = None
     if calibration is not None or not needless:
-        data = _read_data(calibration, pipeline, adapter, denoiser)
+        data = read_data(calibration, pipeline, adapter, denoiser, asked)
     if data is not None and measured is None and config.null_share > 0:
         # Refuse before any work where the batches do not hold what a null condition is.
-        first = {key: value[:1] for key, value in data.inputs.items()}
+        _, first = data.take(torch.zeros(1, dtype=torch.long))
         adapter.null_inputs(denoiser, first, torch.ones(1, dtype=torch.bool))
     power = measured.power if measured is not None else data.power if data is not None else None
     frame = make_frame(scheduler, config, power, sampling, part.span)
     costs = _check_reach(layers, frame, config, denoiser, adapter)
+    config = with_batch(config, adapter, denoiser, frame, data)
     return Job(
         denoiser, adapter, scheduler, layers, frame, config, costs, data, measured, pipeline,
-        part.name or None, asked, sampling=sampling, partner=_partner(pipeline, part),
+        part.name or None, asked.sampled, sampling=sampling, partner=_partner(pipeline, part),
     )  # fmt: skip
 
 
@@ -200,10 +195,9 @@ def _partner(pipeline: DiffusionPipeline | None, part: Component) -> Denoiser | 
 
 def sampling_of(adapter: Adapter, denoiser: Denoiser) -> Sampling:
     """Return how the pipelines of a family start their sampler, at the denoiser's own size."""
-    tokens = getattr(adapter, "tokens", None)
     return Sampling(
-        None if tokens is None else tokens(denoiser)["image"],
-        getattr(adapter, "passes_sigmas", False),
+        adapter.tokens(denoiser)["image"],
+        adapter.passes_sigmas,
         adapter.denoiser_class == "Flux2Transformer2DModel",
     )
 
@@ -231,61 +225,6 @@ def _with_ends(config: PruneConfig, adapter: Adapter, denoiser: Denoiser) -> Pru
     blocks = adapter.blocks(denoiser)
     ends = tuple(name for name in (blocks[0], blocks[-1]) if name not in config.exclude)
     return replace(config, exclude=(*config.exclude, *ends))
-
-
-def _read_prompts(
-    prompts: PromptSource,
-    pipeline: DiffusionPipeline | None,
-    config: PruneConfig,
-    optional: bool,
-) -> Prompts | None:
-    """Read what to sample with, and try the settings of the run."""
-    if config.activations == "noised":
-        if prompts is not None:
-            raise ValueError(
-                "prune: prompts must be left out with activations='noised', which sees noised "
-                f"latents, got {str(prompts):.60}. Ask for activations='trajectory' "
-                "(--activations trajectory)."
-            )
-        return None
-    if pipeline is None:
-        raise ValueError(
-            "prune: model must be a pipeline with activations='trajectory', got a bare denoiser: "
-            "its pipeline is run. Give the pipeline, or use activations='noised' with clean "
-            "latents."
-        )
-    trajectory = config.trajectory
-    step_weights(trajectory.weights, config.steps, trajectory.weight_range)
-    call = type(pipeline).__call__
-    call_options(call, trajectory)
-    argument = condition_argument(call)
-    if argument == "prompt" and prompts is None and optional:
-        return None
-    by_class = argument == "class_labels"
-    return read_prompts(
-        prompts,
-        argument,
-        classes=class_count(pipeline) if by_class else 0,
-        names=getattr(pipeline, "labels", None),
-        samples=trajectory.samples,
-        seed=config.seed,
-    )
-
-
-def _read_data(
-    calibration: CalibrationSource,
-    pipeline: DiffusionPipeline | None,
-    adapter: Adapter,
-    denoiser: Denoiser,
-) -> CalibrationSet:
-    if calibration is None or isinstance(calibration, (str, Path)):
-        if pipeline is None:
-            raise ValueError(
-                "prune: calibration must be batches of (latents, inputs) with a bare denoiser, "
-                f"got {calibration!r}."
-            )
-        calibration = load_calibration(calibration, pipeline)
-    return CalibrationSet(calibration, adapter, denoiser)
 
 
 def _check_reach(

@@ -1,24 +1,18 @@
-"""Where models and calibration latents come from."""
+"""Where models come from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from safetensors.torch import load_file
 from torch import nn
 
 from . import digits
-from .adapters import Adapter, adapter_for_class
 from .groups import Denoiser
 from .runtime import StagedDenoiser
 from .single_file import load_single_file_pipeline
-from .statistics.noising import Batch
 from .trajectory.span import Span
 
 #: Name of the embedded model, wherever a model is asked for.
@@ -26,8 +20,6 @@ DIGITS = "digits"
 
 _SECOND = "transformer_2"
 _COMPONENTS = ("transformer", "unet", _SECOND)
-_IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".webp"}
-_CHUNK = 64
 
 
 def load_pipeline(
@@ -183,151 +175,3 @@ def class_count(pipe: DiffusionPipeline) -> int:
             f"class_count: pipeline must be class-conditional, got {type(pipe).__name__}."
         )
     return digits.CLASSES if origin == DIGITS else count
-
-
-def load_calibration(source: str | Path | None, pipe: DiffusionPipeline) -> list[Batch]:
-    """Read calibration batches for a pipeline.
-
-    Args:
-        source: a `.npz` or `.safetensors` with `latents` (N, C, H, W), shifted and scaled as the
-            denoiser sees them, and what they are conditioned on: `labels` (N,), or for SD3
-            `encoder_hidden_states` and `pooled_projections`, and those of the empty prompt (of
-            one row or N) as `negative_...`; for a class-conditional pipeline also a folder of
-            images with a sub-folder for each class; or None for the embedded model, which has
-            its own.
-
-    Raises:
-        ValueError: the source is missing, of another kind, or holds nothing.
-    """
-    adapter = adapter_for_class(_denoiser_class(pipe))
-    names = [c.file_name for c in adapter.conditions if c.needed(find_denoiser(pipe)[1])]
-    by_class = "labels" in names
-    folder = ", or a folder of images with a sub-folder for each class"
-    if source is None:
-        if source_name(pipe) != DIGITS:
-            raise ValueError(
-                "calibration: a source must be given for this model, got none. Name a .npz or "
-                f".safetensors file with latents and {' and '.join(names)}"
-                f"{folder if by_class else ''}."
-            )
-        images, labels = digits.load_images()
-        return list(_encode(pipe, images, labels))
-    path = Path(source)
-    if path.is_dir():
-        if not by_class:
-            raise ValueError(
-                f"calibration: {path} must be a .npz or .safetensors file with latents and "
-                f"{' and '.join(names)}, but it is a folder: images alone do not say "
-                "what they are conditioned on."
-            )
-        return list(_encode_folder(pipe, path))
-    if not path.is_file():
-        raise ValueError(f"calibration: {path} must be a folder or a file, but there is none.")
-    if path.suffix not in (".npz", ".safetensors"):
-        raise ValueError(f"calibration: {path} must be a folder, a .npz or a .safetensors file.")
-    return [_latent_file(path, adapter, names)]
-
-
-def _denoiser_class(pipe: DiffusionPipeline) -> str:
-    _, denoiser = find_denoiser(pipe)
-    if isinstance(denoiser, StagedDenoiser):
-        return denoiser.info.base_class
-    return type(denoiser).__name__
-
-
-def _latent_file(path: Path, adapter: Adapter, conditions: Sequence[str]) -> Batch:
-    try:
-        if path.suffix == ".npz":
-            with np.load(path, allow_pickle=False) as archive:
-                held = {key: torch.from_numpy(archive[key]) for key in archive.files}
-        else:
-            held = load_file(path)
-    except Exception as error:
-        raise ValueError(f"calibration: {path} could not be read: {error}") from None
-    names = ["latents", *conditions]
-    if not set(names) <= set(held):
-        needed = " and ".join(f"{name!r}" for name in names)
-        raise ValueError(f"calibration: {path} must hold {needed}, got {sorted(held)}.")
-    latents = held["latents"].float()
-    inputs = {}
-    for condition in adapter.conditions:
-        for name, argument in (
-            (condition.file_name, condition.name),
-            (condition.negative, condition.negative),
-        ):
-            if name not in held:
-                continue
-            value = held[name]
-            if condition.whole_numbers:
-                if value.is_floating_point():
-                    raise ValueError(
-                        f"calibration: {name} in {path} must be whole numbers, got {value.dtype}."
-                    )
-                value = value.long()
-            if name == condition.negative and len(value) == 1:
-                value = value.expand(len(latents), *value.shape[1:])
-            inputs[argument] = value
-    return latents, inputs
-
-
-def _encode(pipe: DiffusionPipeline, images: torch.Tensor, labels: torch.Tensor) -> Iterator[Batch]:
-    """Encode images (N, C, H, W) in [-1, 1] into the latents that the denoiser sees."""
-    vae = pipe.vae
-    parameter = next(vae.parameters())
-    with torch.no_grad():
-        pairs = zip(images.split(_CHUNK), labels.split(_CHUNK), strict=True)
-        for chunk, rows in pairs:
-            encoded = vae.encode(chunk.to(parameter.device, parameter.dtype)).latent_dist.mode()
-            yield (encoded * vae.config.scaling_factor).float().cpu(), {"class_labels": rows}
-
-
-def _encode_folder(pipe: DiffusionPipeline, folder: Path) -> Iterator[Batch]:
-    files = [
-        (path, label)
-        for sub in sorted(p for p in folder.iterdir() if p.is_dir())
-        for label in [_class_label(pipe, sub)]
-        for path in sorted(sub.iterdir())
-        if path.suffix.lower() in _IMAGES
-    ]
-    if not files:
-        raise ValueError(
-            f"calibration: {folder} must hold a sub-folder of images for each class, "
-            "but no image was found in one."
-        )
-    for start in range(0, len(files), _CHUNK):
-        part = files[start : start + _CHUNK]
-        images = torch.stack([_read_image(pipe, path) for path, _ in part])
-        yield from _encode(pipe, images, torch.tensor([label for _, label in part]))
-
-
-def _class_label(pipe: DiffusionPipeline, folder: Path) -> int:
-    """Read a sub-folder's name as a label number, or as a name that the pipeline knows."""
-    if folder.name.isdecimal():
-        return int(folder.name)
-    known = getattr(pipe, "labels", None) or {}
-    if folder.name in known:
-        return int(known[folder.name])
-    raise ValueError(
-        f"calibration: {folder} must be named by a label number or a class name of the "
-        f"pipeline, got {folder.name!r}."
-    )
-
-
-def _read_image(pipe: DiffusionPipeline, path: Path) -> torch.Tensor:
-    """Read an image as (C, H, W) in [-1, 1], cropped to the centre at the pipeline's size."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    config = pipe.vae.config
-    _, denoiser = find_denoiser(pipe)
-    size = denoiser.config.sample_size * 2 ** (len(config.block_out_channels) - 1)
-    try:
-        with Image.open(path) as image:
-            fitted = ImageOps.fit(
-                image.convert("L" if config.in_channels == 1 else "RGB"),
-                (size, size),
-                Image.Resampling.BICUBIC,
-            )
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"calibration: {path} could not be read as an image: {error}") from None
-    pixels: Any = np.asarray(fitted, dtype=np.float32)
-    return torch.from_numpy(pixels.reshape(size, size, -1)).permute(2, 0, 1) / 127.5 - 1

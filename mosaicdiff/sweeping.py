@@ -14,7 +14,8 @@ from .allocation.decide import make_allocator, measured_error
 from .allocation.planning import effort_bounds
 from .config import PruneConfig
 from .groups import Denoiser
-from .request import CalibrationSource, prepare
+from .inputs.asked import CalibrationSource
+from .request import prepare
 from .statistics.calibration import Calibration
 from .statistics.gather import Progress, gather, make_probe
 from .statistics.prompts import PromptSource
@@ -68,6 +69,7 @@ def sweep(
     calibration: CalibrationSource = None,
     measured: Calibration | str | Path | None = None,
     prompts: PromptSource = None,
+    cache: bool = True,
     progress: Progress | None = None,
 ) -> list[FrontPoint]:
     """Plan several budgets from one calibration, and say what each costs and loses.
@@ -101,7 +103,7 @@ def sweep(
     asked = [_config_for(config, b, a) for a in allocations for b in budgets]
     # The most that any of them needs is measured: `optimal` weighs errors, shares do not.
     main = next((one for one in asked if one.allocation == "optimal"), asked[0])
-    job = prepare(model, main, scheduler, calibration, measured, prompts)
+    job = prepare(model, main, scheduler, calibration, measured, prompts, cache=cache)
     for one in asked:  # all that can be refused before work starts
         effort_bounds(job.layers, job.frame, one, job.costs)
     given = job.measured if job.measured is not None else gather(job, tell)

@@ -34,6 +34,8 @@ class Adapter(ABC):
     passes_sigmas: bool = False
     #: What the denoiser is conditioned on, beside latents and timestep.
     conditions: tuple[Condition, ...] = ()
+    #: Whether latents of any size fit: a file of them is then held to their channels alone.
+    any_size: bool = False
     #: Class names of the pipelines that carry this denoiser.
     pipelines: tuple[str, ...] = ()
     #: What its norms of queries and keys are taken over, and what becomes of them, for people.

@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from ..groups import Denoiser, Macs, PrunableLayer, WeightTarget, shared_input
+from ..model_checks import check_shapes, check_state
 from ..pack import BiasOnly
 from .base import Adapter
 from .common import check_plain
 from .family import Blocks
-from .inputs import check_conditions, example_conditions, with_null
+from .inputs import Condition, check_conditions, example_conditions, with_null
 from .macs import count_macs
 
 #: Attributes of diffusers' `Attention` that must never change, as wide as the heads or not.
@@ -42,7 +43,9 @@ class Family(Adapter):
             return getattr(diffusers, self.denoiser_class).from_config(config)
 
     def check(self, denoiser: Denoiser) -> None:
+        check_state(denoiser, self.processors, self.grouped_kv)
         check_plain(denoiser, self.layers(denoiser))
+        check_shapes(denoiser, self.empty(dict(denoiser.config)).state_dict())
 
     def layers(self, denoiser: Denoiser, shared_norms: str = "exact") -> tuple[PrunableLayer, ...]:
         found: list[PrunableLayer] = []
@@ -79,21 +82,30 @@ class Family(Adapter):
         reader = stage.get_submodule(layer.readers[0].module)
         return BiasOnly(reader.weight.shape[0], biases[0])
 
+    def conditions_for(self, denoiser: Denoiser) -> tuple[Condition, ...]:
+        """Return the conditions of one configuration, where that decides what it is called with."""
+        return self.conditions
+
     def check_inputs(
         self, denoiser: Denoiser, latents: torch.Tensor, inputs: dict[str, Any]
     ) -> None:
-        check_conditions(denoiser, self.conditions, len(latents), inputs, self.denoiser_class)
+        conditions = self.conditions_for(denoiser)
+        check_conditions(denoiser, conditions, len(latents), inputs, self.denoiser_class)
 
     def null_inputs(
         self, denoiser: Denoiser, inputs: dict[str, Any], rows: torch.Tensor
     ) -> dict[str, Any]:
-        return with_null(self.conditions, inputs, rows)
+        return with_null(self.conditions_for(denoiser), inputs, rows)
 
     def example_inputs(
         self, denoiser: Denoiser, batch_size: int, device: torch.device
     ) -> dict[str, Any]:
-        tokens = self.tokens(denoiser)
-        return example_conditions(denoiser, self.conditions, tokens, batch_size, device)
+        conditions, sizes = self.conditions_for(denoiser), self.example_sizes(denoiser)
+        return example_conditions(denoiser, conditions, sizes, batch_size, device)
+
+    def example_sizes(self, denoiser: Denoiser) -> Mapping[str, int]:
+        """Return the sizes that conditions leave open, at the native size: tokens, and others."""
+        return self.tokens(denoiser)
 
     def conditions_of(self, arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         latents = next(value for name, value in arguments.items() if name != "self")
@@ -122,7 +134,7 @@ class Family(Adapter):
         for condition in self.conditions:
             if condition.name in inputs and condition.taken(denoiser):
                 value = inputs[condition.name]
-                if value.is_floating_point():
+                if value.is_floating_point() and not condition.per_call:  # positions stay exact
                     value = value.to(latents.dtype)
                 condition.put(found, value)
         return found

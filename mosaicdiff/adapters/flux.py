@@ -56,6 +56,7 @@ class FluxAdapter(Family):
     joint = True
     sigma_scale = 1.0
     passes_sigmas = True
+    any_size = True
     conditions = (
         Condition("encoder_hidden_states", ("text", "joint_attention_dim")),
         Condition("pooled_projections", ("pooled_projection_dim",)),

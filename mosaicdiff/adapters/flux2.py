@@ -72,6 +72,7 @@ class Flux2Adapter(Family):
     joint = True
     sigma_scale = 1.0
     passes_sigmas = True
+    any_size = True
     conditions = (
         Condition("encoder_hidden_states", ("text", "joint_attention_dim")),
         Condition("guidance", when="guidance_embeds", null=False),

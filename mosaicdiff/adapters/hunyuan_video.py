@@ -52,6 +52,7 @@ class HunyuanVideoAdapter(Family):
     joint = True
     sigma_scale = 1000.0
     passes_sigmas = True
+    any_size = True
     conditions = (
         Condition("encoder_hidden_states", ("text", "text_embed_dim")),
         Condition("encoder_attention_mask", ("text",), whole_numbers=True, example=1.0),

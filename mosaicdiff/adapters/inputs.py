@@ -20,8 +20,9 @@ class Condition:
 
     Args:
         argument: of the forward; dotted where it lies in a dict (`added_cond_kwargs.text_embeds`).
-        shape: of one sample: numbers, names of the denoiser's configuration, or streams of tokens
-            (`text`), whose length is free but the same for all conditions that name it.
+        shape: of one sample: numbers, names of the denoiser's configuration (`a|b` is b where a
+            is None), or streams of tokens (`text`), whose length is free but the same for all
+            conditions that name it.
         label: what a calibration file calls it; the last part of the argument by default.
         optional: whether a batch may be without.
         when: name of a switch of the configuration: a denoiser in which it is off takes no notice
@@ -135,7 +136,7 @@ def check_conditions(
             ]
             raise ValueError(f"calibration: {name} must be ({', '.join(names)}), got {shape}.")
         for part, got in zip(condition.shape, shape[1:], strict=True):
-            if isinstance(part, str) and not hasattr(denoiser.config, part):
+            if isinstance(part, str) and _configured(denoiser, part) is None:
                 free.setdefault(part, got)
         if condition.whole_numbers == value.is_floating_point() and value.dtype != torch.bool:
             kind = "whole" if condition.whole_numbers else "floating-point"
@@ -156,9 +157,14 @@ def _size(denoiser: Denoiser, part: int | str, free: Mapping[str, int]) -> int |
     """Return what a part of a shape must be; None where anything goes."""
     if isinstance(part, int):
         return part
-    if hasattr(denoiser.config, part):
-        return getattr(denoiser.config, part)
-    return free.get(part)
+    configured = _configured(denoiser, part)
+    return free.get(part) if configured is None else configured
+
+
+def _configured(denoiser: Denoiser, part: str) -> int | None:
+    """Return what the configuration says of a part of a shape; None where it says nothing."""
+    values = (getattr(denoiser.config, name, None) for name in part.split("|"))
+    return next((value for value in values if value is not None), None)
 
 
 def with_null(

@@ -48,6 +48,7 @@ class QwenImageAdapter(Family):
     joint = True
     sigma_scale = 1.0
     passes_sigmas = True
+    any_size = True
     conditions = (
         Condition("encoder_hidden_states", ("text", "joint_attention_dim")),
         Condition("encoder_hidden_states_mask", ("text",), whole_numbers=True, optional=True),

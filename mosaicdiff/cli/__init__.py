@@ -25,7 +25,18 @@ def main() -> None:
     """Prune diffusion models stage by stage, without retraining, and sample them faster."""
 
 
-for _command in (stages, calibrate, prune, sweep, generate, evaluate, bench, info, families, doctor):
+for _command in (
+    stages,
+    calibrate,
+    prune,
+    sweep,
+    generate,
+    evaluate,
+    bench,
+    info,
+    families,
+    doctor,
+):
     main.add_command(_command)
 
 __all__ = ["main"]

@@ -6,7 +6,7 @@ import functools
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 if TYPE_CHECKING:
     import torch
+
+    from ..inputs.prompt_files import PromptFile
 
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on standard output."
@@ -129,16 +131,22 @@ def check_calibration(source: str | None) -> None:
         raise ValueError(f"calibration: {source} must be a folder or a file, but there is none.")
 
 
-def check_prompts(source: Path | None) -> None:
-    """Refuse a file of prompts that is not there, before a model is loaded.
+def prompt_source(options: Mapping[str, Any]) -> PromptFile | None:
+    """Return the file of prompts that the options name, and refuse one that is not there.
 
     Raises:
-        ValueError: there is no such file.
+        ValueError: there is no such file, or a column is named without one.
     """
-    from ..statistics.prompts import check_prompt_file
+    from ..inputs.prompt_files import PromptFile, check_prompt_file
 
-    if source is not None:
-        check_prompt_file(source)
+    path, column = options["prompts"], options["prompt_column"]
+    if path is None:
+        if column is not None:
+            raise ValueError(f"--prompt-column must be left out without --prompts, got {column!r}.")
+        return None
+    source = PromptFile(path, column)
+    check_prompt_file(source)
+    return source
 
 
 def parse_pipeline_options(texts: Sequence[str]) -> dict[str, Any]:

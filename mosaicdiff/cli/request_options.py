@@ -26,6 +26,7 @@ from ..trajectory.schedule import FLOW_SNR_WEIGHT, FLOW_THRESHOLD, SNR_WEIGHT, T
 from ..trajectory.weights import WEIGHTS as STEP_WEIGHTS
 from ..trajectory_config import TrajectoryConfig
 from .common import parse_pipeline_options, pipeline_option
+from .input_options import batch_option, input_options, parse_count, parse_size
 
 _DEFAULTS = PruneConfig()
 _SEARCH = SearchConfig()
@@ -37,7 +38,7 @@ _FIELDS = (
     "weighting", "choice", "granularity", "depth_rank", "least_heads", "least_neurons",
     "latency_batch", "latency_table", "bins", "max_stages", "probe_samples", "criterion",
     "compensation", "samples", "seed", "steps", "threshold", "snr_weight", "max_sparsity",
-    "null_share", "damping", "round_to", "batch_size", "activations",
+    "null_share", "damping", "round_to", "activations",
 )  # fmt: skip
 _SEARCH_FIELDS = {
     "search_genes": "genes", "search_within": "within", "fitness": "fitness",
@@ -94,6 +95,12 @@ budget_options = _options(
 )
 
 
+component_option = click.option(
+    "--component",
+    help="Of a pipeline with two denoisers (Wan 2.2): transformer or transformer_2.",
+)
+
+
 calibration_options = _options(
     click.option(
         "--stages",
@@ -101,22 +108,12 @@ calibration_options = _options(
         "the data), or timesteps that part them: 104,570.  [default: 3; 10 for evolutionary]",
     ),
     _number("--bins", "Of --stages auto: runs of steps whose edges may part stages."),
-    click.option(
-        "--calibration",
-        help="Folder of images by class, .npz or .safetensors of latents "
-        "and labels; digits needs none.",
-    ),
+    *input_options,
     _choice(
         "--activations",
         ACTIVATIONS,
         "Whose are seen: of clean latents noised, or of the pipeline along its trajectory, which "
         "needs no pictures.",
-    ),
-    click.option(
-        "--prompts",
-        type=click.Path(path_type=Path),
-        help="Of trajectory: .txt file with one prompt, label number or class name in a line.  "
-        "[default: all classes in turn]",
     ),
     click.option(
         "--trajectories",
@@ -140,20 +137,22 @@ calibration_options = _options(
     click.option(
         "--guidance-scale",
         type=float,
-        help="Of trajectory.  [default: the pipeline's own]",
+        help="Of trajectory, and where captions are encoded.  [default: the pipeline's own]",
     ),
-    pipeline_option("Of trajectory"),
+    pipeline_option("Of trajectory, and where captions are encoded"),
     _number("--samples", "Calibration samples for each stage (or bin)."),
-    _number("--batch-size", "Calibration samples at once."),
+    batch_option,
     _number("--seed", "Of all that is drawn."),
     _number("--steps", "Sampling steps that the plan is made for."),
     click.option(
-        "--threshold", type=float,
+        "--threshold",
+        type=float,
         help="M: the middle stage is where the score is so much of its largest.  "
         f"[default: {THRESHOLD:g}; {FLOW_THRESHOLD:g} with flow matching]",
     ),
     click.option(
-        "--snr-weight", type=float,
+        "--snr-weight",
+        type=float,
         help="lambda: weight of ln SNR in the score.  "
         f"[default: {SNR_WEIGHT:g}; {FLOW_SNR_WEIGHT:g} with flow matching]",
     ),
@@ -285,6 +284,8 @@ def read_config(context: click.Context, options: dict[str, Any]) -> PruneConfig:
     if budgets:  # a budget given here takes the place of the file's
         values = {name: value for name, value in values.items() if name not in UNITS} | budgets
     values.update({name: options[name] for name in _FIELDS if given(name)})
+    if given("batch_size"):
+        values["batch_size"] = parse_count(options["batch_size"])
     if given("allocation") and options["allocation"] is not None:
         values.update(_parse_allocation(options["allocation"]))
     if given("stages") and options["stages"] is not None:
@@ -293,8 +294,7 @@ def read_config(context: click.Context, options: dict[str, Any]) -> PruneConfig:
         if given(name):
             values[name] = tuple(options[name])
     if given("packages"):
-        text = options["packages"]
-        values["packages"] = int(text) if text.isdecimal() else text
+        values["packages"] = parse_count(options["packages"])
     if given("memory") and options["memory"] is not None:
         values["memory"] = options["memory"]
     if given("whole_ends"):
@@ -311,8 +311,10 @@ def read_config(context: click.Context, options: dict[str, Any]) -> PruneConfig:
     trajectory.update({f: options[name] for name, f in _TRAJECTORY_FIELDS.items() if given(name)})
     if given("timestep_weights"):
         trajectory["weights"] = _parse_step_weights(options["timestep_weights"])
-    if given("pipeline_option") and options["pipeline_option"]:
-        more = parse_pipeline_options(options["pipeline_option"])
+    more = parse_pipeline_options(options.get("pipeline_option") or ())
+    if options.get("image_size") is not None:
+        more |= parse_size(options["image_size"], more)
+    if more:
         trajectory["options"] = dict(trajectory.get("options", {})) | more
     return PruneConfig.from_dict(values | {"search": search, "trajectory": trajectory})
 

@@ -9,7 +9,6 @@ import click
 
 from .common import (
     check_calibration,
-    check_prompts,
     console,
     device_option,
     dtype_option,
@@ -22,6 +21,7 @@ from .common import (
     pick_dtype,
     pipeline_config_option,
     print_json,
+    prompt_source,
     told_progress,
 )
 from .request_options import allocation_options, calibration_options, read_config
@@ -72,7 +72,7 @@ def sweep(context: click.Context, as_json: bool, **options: Any) -> None:
     if plot is not None:
         check_plot_file(plot)
     check_calibration(options["calibration"])
-    check_prompts(options["prompts"])
+    prompts = prompt_source(options)
     from ..allocation.budget import Budget
     from ..sources import load_pipeline
     from ..sweeping import sweep as run
@@ -87,7 +87,8 @@ def sweep(context: click.Context, as_json: bool, **options: Any) -> None:
         points = run(
             pipe, budgets, config, allocations=[first, *others], measure=options["measure"],
             calibration=options["calibration"], measured=options["measured"],
-            prompts=options["prompts"], progress=tell,
+            prompts=prompts, cache=not options["no_cache"],
+            progress=tell,
         )  # fmt: skip
     if plot is not None:
         draw_front(plot, points)

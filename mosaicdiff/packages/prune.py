@@ -152,10 +152,10 @@ def _data_digest(job: Job) -> str | None:
     if job.data is None:
         return None
     digest = hashlib.blake2b(digest_size=16)
-    tensors = [("", job.data.latents), *sorted(job.data.inputs.items())]
-    for name, tensor in tensors:
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    for latents, inputs in job.data.chunks():
+        for name, tensor in [("", latents), *sorted(inputs.items())]:
+            digest.update(name.encode())
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -12,24 +12,30 @@ from ..adapters import Adapter
 from ..batch_errors import in_batch
 from ..config import PruneConfig
 from ..distributed import World
+from ..inputs.rows import Rows
 from ..trajectory.schedule import NoiseSchedule
 from ..trajectory.stages import Stage
 from .bank import HessianBank
 from .capture import capture_inputs
 
-#: Clean latents (B, C, H, W) and the denoiser's other inputs, each with B rows.
+#: Clean latents (B, ...) and the denoiser's other inputs, each with B rows.
 Batch = tuple[torch.Tensor, dict[str, Any]]
+
+#: Samples that are looked at together.
+_CHECKED = 64
 
 
 class CalibrationSet:
     """Clean latents with their conditions, checked before any work starts.
 
+    What the batches hold is not copied: where it is mapped from files, it is read as it is drawn.
+
     Args:
-        batches: latents (B, C, H, W) and a dict of the denoiser's other forward arguments.
+        batches: latents (B, ...) and a dict of the denoiser's other forward arguments.
         adapter: of the denoiser.
         denoiser: that the batches are meant for.
-        drawn: whether the denoiser's own pipeline drew them: then they may be of any size that it
-            was asked for.
+        drawn: whether they are of a size that the pipeline was asked for, rather than the
+            denoiser's own. Denoisers that name no size of their own take any.
 
     Raises:
         ValueError: there is nothing, or something that is not finite, or of a wrong shape.
@@ -43,18 +49,28 @@ class CalibrationSet:
         *,
         drawn: bool = False,
     ) -> None:
-        latents, inputs = [], []
+        latents: list[torch.Tensor] = []
+        inputs: list[dict[str, torch.Tensor]] = []
+        fixed = not (drawn or adapter.any_size)
+        squares, numbers = 0.0, 0
         for index, (latent, extra) in enumerate(batches):
-            if not drawn:
-                _check_size(latent, adapter.latent_shape(denoiser))
-            adapter.check_inputs(denoiser, latent, extra)
-            if not torch.isfinite(latent).all():
-                raise ValueError(
-                    f"calibration: latents must be finite, got NaN or infinity in batch {index}."
-                )
-            latents.append(latent.detach().float().cpu())
-            inputs.append({key: value.cpu() for key, value in extra.items()})
-        if sum(len(latent) for latent in latents) == 0:
+            _check_size(latent, adapter.latent_shape(denoiser), fixed)
+            if any(len(value) != len(latent) for value in extra.values()):
+                adapter.check_inputs(denoiser, latent, extra)  # says what is wrong
+            for start in range(0, max(1, len(latent)), _CHECKED):
+                rows = slice(start, start + _CHECKED)
+                part = latent[rows]
+                adapter.check_inputs(denoiser, part, {k: v[rows] for k, v in extra.items()})
+                if not torch.isfinite(part).all():
+                    raise ValueError(
+                        f"calibration: latents must be finite, got NaN or infinity in batch "
+                        f"{index}."
+                    )
+                squares += float(part.double().square().sum())
+                numbers += part.numel()
+            latents.append(latent.detach().cpu())
+            inputs.append({key: value.detach().cpu() for key, value in extra.items()})
+        if numbers == 0:
             raise ValueError(
                 "calibration: batches must hold at least one sample, got none. "
                 "Give clean latents with their conditions."
@@ -65,16 +81,39 @@ class CalibrationSet:
                 "calibration: inputs of all batches must have the same names and shapes, got "
                 f"{' and '.join(str(dict(shape)) for shape in sorted(shapes)[:2])}. Pad them alike."
             )
-        self.latents = torch.cat(latents)
-        self.inputs = {key: torch.cat([row[key] for row in inputs]) for key in inputs[0]}
+        sizes = sorted({tuple(latent.shape[1:]) for latent in latents})
+        if len(sizes) > 1:
+            raise ValueError(
+                f"calibration: latents of all batches must have the same size, got {sizes[0]} and "
+                f"{sizes[1]}. Encode the images at one size."
+            )
+        self._latents = Rows(latents)
+        self._inputs = {key: Rows([row[key] for row in inputs]) for key in inputs[0]}
+        #: P, the mean square of the clean latents.
+        self.power = squares / numbers
 
     def __len__(self) -> int:
-        return len(self.latents)
+        return len(self._latents)
 
     @property
-    def power(self) -> float:
-        """P, the mean square of the clean latents."""
-        return float(self.latents.double().square().mean())
+    def latents(self) -> torch.Tensor:
+        """All latents (N, ...) in float32, read into memory."""
+        return self.take(torch.arange(len(self)))[0]
+
+    @property
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """All conditions, a row a sample, read into memory."""
+        return self.take(torch.arange(len(self)))[1]
+
+    def take(self, rows: torch.Tensor) -> Batch:
+        """Return samples by their numbers (N,)."""
+        inputs = {key: value.take(rows) for key, value in self._inputs.items()}
+        return self._latents.take(rows).float(), inputs
+
+    def chunks(self) -> Iterator[Batch]:
+        """Yield all samples in order, a few at a time."""
+        for rows in torch.arange(len(self)).split(_CHECKED):
+            yield self.take(rows)
 
     def draw(self, samples: int, size: int, generator: torch.Generator) -> Iterator[Batch]:
         """Yield batches of samples in random order, each used once before any is used again."""
@@ -82,15 +121,18 @@ class CalibrationSet:
         while len(order) < samples:
             order += torch.randperm(len(self), generator=generator).tolist()
         for start in range(0, samples, size):
-            rows = torch.tensor(order[start : min(start + size, samples)])
-            yield self.latents[rows], {key: value[rows] for key, value in self.inputs.items()}
+            yield self.take(torch.tensor(order[start : min(start + size, samples)]))
 
 
-def _check_size(latents: torch.Tensor, expected: tuple[int, ...]) -> None:
-    """Refuse latents that are not (B, *expected)."""
-    if tuple(latents.shape[1:]) != expected:
+def _check_size(latents: torch.Tensor, expected: tuple[int, ...], fixed: bool) -> None:
+    """Refuse latents that are not (B, *expected), or where any size will do, of other channels."""
+    got = tuple(latents.shape[1:])
+    place = 0 if len(expected) > 2 else -1  # tokens have their channels last
+    alike = len(got) == len(expected) and got[place] == expected[place]
+    if got != expected if fixed else not alike:
+        free = "" if fixed else ", or of another size"
         raise ValueError(
-            f"calibration: latents must be (B, {', '.join(map(str, expected))}), "
+            f"calibration: latents must be (B, {', '.join(map(str, expected))}){free}, "
             f"got {tuple(latents.shape)}. They are VAE latents times its scaling factor."
         )
 
@@ -144,7 +186,7 @@ def collect_statistics(
                 try:
                     adapter.predict(runs, noisy, timesteps, inputs)
                 except Exception as error:
-                    count = -(-config.samples // config.batch_size)
+                    count = -(-config.samples // config.rows_at_once)
                     raise in_batch(error, "collect", index, count) from error
             advance(len(noisy))
     return bank
@@ -172,7 +214,7 @@ def draw_noisy(
     count = config.samples if samples is None else samples
     names = torch.from_numpy(schedule.timesteps)
     names = names.float() if names.is_floating_point() else names
-    for latents, inputs in data.draw(count, config.batch_size, generator):
+    for latents, inputs in data.draw(count, config.rows_at_once, generator):
         rows = len(latents)
         drawn = torch.randint(
             stage.first, stage.last + 1, (rows,), generator=generator, dtype=torch.long

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,11 @@ from typing import Any
 
 import torch
 
+from ..inputs.prompt_files import PromptFile, Row, read_prompt_file
 from ..trajectory_config import TrajectoryConfig
 
-#: Texts, or labels (numbers or names), or a file with one in a line.
-PromptSource = str | Path | Sequence[str | int] | None
+#: Texts, or labels (numbers or names), or a file of them (see `read_prompt_file`).
+PromptSource = str | Path | PromptFile | Sequence[str | int] | None
 
 #: Arguments of a pipeline's call that take a batch of conditions, and guidance.
 _CONDITIONS = ("class_labels", "prompt")
@@ -119,8 +119,8 @@ def read_prompts(
     """Read what to sample with.
 
     Args:
-        source: texts or labels; a `.txt` file with one in a line, in UTF-8 (blank lines are
-            skipped); or None for labels: all classes in an order drawn by the seed, in turn.
+        source: texts or labels; a file of them (see `inputs.prompt_files.read_prompt_file`); or
+            None for labels: all classes in an order drawn by the seed, in turn.
         argument: see `condition_argument`.
         classes: how many a class-conditional pipeline has.
         names: of its classes.
@@ -135,15 +135,14 @@ def read_prompts(
         if not by_class:
             raise ValueError(
                 "prune: prompts must be given with activations='trajectory', got None. Give a "
-                "list of texts, or a file with one prompt in a line (--prompts FILE)."
+                "list of texts, or a file of prompts (--prompts FILE)."
             )
         order = torch.randperm(classes, generator=torch.Generator().manual_seed(seed))
         return Prompts(argument, tuple(order[:samples].tolist()))
     if isinstance(source, (str, Path)):
-        path = Path(source)
-        rows: list[tuple[str, Any]] = [
-            (f"line {number} of {path}", text) for number, text in _read_lines(path)
-        ]
+        source = PromptFile(Path(source))
+    if isinstance(source, PromptFile):
+        rows: list[Row] = read_prompt_file(source.path, source.column)
     else:
         rows = [(f"entry {index}", value) for index, value in enumerate(source)]
     if not rows:
@@ -157,45 +156,6 @@ def read_prompts(
                 f"prune: prompts must be texts for this pipeline, got {value!r} ({place})."
             )
     return Prompts(argument, tuple(value for _, value in rows))
-
-
-def check_prompt_file(path: Path) -> None:
-    """Refuse a file of prompts that is not there or not a text file, before it is read.
-
-    Raises:
-        ValueError: says which.
-    """
-    if not path.is_file():
-        found = "it is a folder" if path.is_dir() else "there is none"
-        raise ValueError(
-            f"prune: prompts must be a list of texts or a file, but {path} is no file: {found}. "
-            "A single prompt is a list of one."
-        )
-    if path.suffix != ".txt":
-        raise ValueError(
-            f"prune: prompts must be a .txt file with one prompt in a line, got {path}."
-        )
-
-
-def _read_lines(path: Path) -> list[tuple[int, str]]:
-    """Return the lines that are not blank, with their numbers."""
-    check_prompt_file(path)
-    data = path.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        raise ValueError(
-            f"prune: prompts must be text in UTF-8, got byte 0x{data[error.start]:02x} at byte "
-            f"{error.start} (line {line}) of {path}. Save it as UTF-8."
-        ) from None
-    lines = enumerate(re.split(r"\r\n|\r|\n", text), start=1)
-    rows = [(number, line.strip()) for number, line in lines if line.strip()]
-    if not rows:
-        raise ValueError(
-            f"prune: prompts must hold at least one, but {path} has no line that is not blank."
-        )
-    return rows
 
 
 def _label(place: str, value: Any, classes: int, names: Mapping[str, int]) -> int:

@@ -47,7 +47,7 @@ def measure_weights(
     Source: ours; after the Hutchinson estimator.
     """
     weights = []
-    config = replace(config, batch_size=min(_BATCH, config.batch_size))
+    config = replace(config, batch_size=min(_BATCH, config.rows_at_once))
     for stage in stages:
         sums = dict.fromkeys((name for layer in layers for name in layer.input_names), 0.0)
         counts = dict.fromkeys(sums, 0)

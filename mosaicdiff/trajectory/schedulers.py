@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-#: What a scheduler calls a train timestep: its number from 0, T sigma, T (1 - sigma), ln(sigma) / 4.
+#: What a scheduler calls a train timestep: number from 0, T sigma, T (1 - sigma), ln(sigma) / 4.
 NAMINGS = ("number", "sigma", "inverted", "log_sigma")
 
 _FLOW_CLASSES = ("FlowMatch", "EulerAncestralRF")
@@ -147,8 +147,7 @@ def flow_levels(sigmas: Any) -> Levels:
     sigma = np.asarray(sigmas, dtype=np.float64)
     if sigma.ndim != 1 or len(sigma) < 2:
         raise ValueError(
-            "NoiseSchedule: sigmas must be one row of at least 2 numbers, "
-            f"got shape {sigma.shape}."
+            f"NoiseSchedule: sigmas must be one row of at least 2 numbers, got shape {sigma.shape}."
         )
     if not ((sigma > 0).all() and (sigma <= 1).all() and (np.diff(sigma) > 0).all()):
         raise ValueError("NoiseSchedule: sigmas must rise from step to step within (0, 1].")

@@ -96,7 +96,7 @@ class Division:
         """
         if self.naming != "number":
             signal, noise = named_levels(self.naming, timestep, self.total)
-            return int(self.stage_of_log_snr(log_snr(np.float64(signal), np.float64(noise))))
+            return int(self.stage_of_log_snr(log_snr(np.asarray(signal), np.asarray(noise))))
         nearest = round(timestep)
         for index, stage in enumerate(self.stages):
             if nearest >= stage.first:

@@ -2,7 +2,7 @@
 
 import torch
 
-from . import cases_a
+from . import cases_a, cases_b
 from .conftest import tiny_denoiser, tiny_sd3, tiny_sd3_batches
 from .family_case import FamilyCase
 
@@ -25,4 +25,15 @@ CASES: dict[str, FamilyCase] = {
     # diffusers cannot fuse a block with a second attention, cut or not.
     "sd3.5": FamilyCase(tiny_sd3, _sd3, fuses="has no attribute"),
     **cases_a.CASES,
+    "pixart-alpha": FamilyCase(
+        lambda: cases_b.tiny_pixart(use_additional_conditions=True), cases_b.pixart_alpha_batch
+    ),
+    "pixart-sigma": FamilyCase(cases_b.tiny_pixart, cases_b.pixart_batch),
+    "sd1.5": FamilyCase(cases_b.tiny_unet, cases_b.unet_batch),
+    "sdxl": FamilyCase(cases_b.tiny_sdxl, cases_b.sdxl_batch),
+    # Norms across heads: their projections stay whole, values do not.
+    "wan": FamilyCase(cases_b.tiny_wan, cases_b.wan_batch, fuses="cannot be fused"),
+    "wan-picture": FamilyCase(
+        cases_b.tiny_wan_picture, cases_b.wan_picture_batch, fuses="cannot be fused"
+    ),
 }

@@ -13,7 +13,12 @@ TOLERANCE = 0.01
 LINEAR = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 SCALED = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 SPACINGS = ("leading", "trailing", "linspace")
-RAMPS = ({}, {"use_karras_sigmas": True}, {"use_exponential_sigmas": True}, {"use_beta_sigmas": True})
+RAMPS = (
+    {},
+    {"use_karras_sigmas": True},
+    {"use_exponential_sigmas": True},
+    {"use_beta_sigmas": True},
+)
 
 #: With sigmas of another spacing than the timesteps'.
 RAMPED = ["DPMSolverMultistep", "UniPCMultistep", "EulerDiscrete", "HeunDiscrete", "LMSDiscrete",
@@ -254,7 +259,9 @@ def test_continuous_timesteps_of_euler():
     np.testing.assert_allclose(level, by_level, atol=0.02)
 
 
-@pytest.mark.parametrize("tokens, steps", [(256, 10), (1024, 28), (4096, 50), (4300, 4), (9000, 28)])
+@pytest.mark.parametrize(
+    "tokens, steps", [(256, 10), (1024, 28), (4096, 50), (4300, 4), (9000, 28)]
+)
 def test_the_shift_is_that_of_the_pipelines(tokens, steps):
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
     from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu

@@ -89,7 +89,7 @@ def test_labels_that_are_none_are_refused(source, message):
     [
         ("gone.txt", None, "is no file: there is none"),
         ("folder.txt", ..., "is no file: it is a folder"),
-        ("list.csv", b"a", "must be a .txt file"),
+        ("list.pdf", b"a", "must be a .txt file"),
         ("empty.txt", b"", "has no line that is not blank"),
         ("blank.txt", b" \n\t\n\r\n", "has no line that is not blank"),
         (

@@ -1,0 +1,1 @@
+"""What calibration is given: prompts, captions, images, latents; recorded, encoded, kept."""

@@ -1,0 +1,122 @@
+"""Tiny denoisers with attention to the text apart: PixArt, U-Nets, Wan, Sana, LTX."""
+
+import torch
+from diffusers import PixArtTransformer2DModel, UNet2DConditionModel, WanTransformer3DModel
+
+TEXT = 5
+
+
+def _random(*shape, seed=21):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _louder(model, *names, std=0.4):
+    """Scale up what a fresh model starts too small for its blocks to matter."""
+    torch.manual_seed(23)
+    for name, parameter in model.named_parameters():
+        if any(part in name for part in names):
+            torch.nn.init.normal_(parameter, std=std)
+    return model.eval().requires_grad_(False)
+
+
+def tiny_pixart(sample_size=8, **options):
+    """PixArt-sigma; alpha of 1024 pixels is `use_additional_conditions=True`."""
+    torch.manual_seed(22)
+    model = PixArtTransformer2DModel(
+        **{
+            "num_attention_heads": 4, "attention_head_dim": 6, "in_channels": 2, "out_channels": 4,
+            "num_layers": 2, "cross_attention_dim": 24, "sample_size": sample_size,
+            "caption_channels": 12, "use_additional_conditions": False,
+        } | options
+    )  # fmt: skip
+    return _louder(model, "scale_shift_table", "to_out.0.weight", "to_out.0.bias", "net.2.weight")
+
+
+def pixart_batch():
+    latents = _random(2, 2, 8, 8)
+    mask = torch.ones(2, TEXT, dtype=torch.long)
+    mask[1, 3:] = 0
+    inputs = {"encoder_hidden_states": _random(2, TEXT, 12), "encoder_attention_mask": mask}
+    return latents, torch.tensor([640, 640]), inputs
+
+
+def pixart_alpha_batch():
+    latents, timesteps, inputs = pixart_batch()
+    sizes = {"resolution": torch.full((2, 2), 64.0), "aspect_ratio": torch.ones(2, 1)}
+    return latents, timesteps, inputs | sizes
+
+
+def tiny_unet(**options):
+    """SD 1.5 with two levels; its heads have other widths at each level."""
+    torch.manual_seed(24)
+    model = UNet2DConditionModel(
+        **{
+            "sample_size": 8, "in_channels": 2, "out_channels": 2, "layers_per_block": 1,
+            "block_out_channels": (12, 24), "norm_num_groups": 4, "attention_head_dim": 3,
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            "cross_attention_dim": 10,
+        } | options
+    )  # fmt: skip
+    return _louder(model, "to_out.0.weight", "to_out.0.bias", "net.2.weight")
+
+
+def tiny_sdxl(**options):
+    """SDXL: its heads are counted for each level, its middle has two blocks."""
+    return tiny_unet(
+        **{
+            "block_out_channels": (12, 24), "attention_head_dim": (3, 4),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "transformer_layers_per_block": (1, 2), "use_linear_projection": True,
+            "addition_embed_type": "text_time", "addition_time_embed_dim": 4,
+            "projection_class_embeddings_input_dim": 7 + 6 * 4,
+        } | options
+    )  # fmt: skip
+
+
+def unet_batch():
+    return (
+        _random(2, 2, 8, 8),
+        torch.tensor([640, 640]),
+        {"encoder_hidden_states": _random(2, TEXT, 10)},
+    )
+
+
+def sdxl_batch():
+    latents, timesteps, inputs = unet_batch()
+    ids = torch.tensor([[64.0, 64, 0, 0, 64, 64], [64, 48, 0, 8, 64, 64]])
+    return latents, timesteps, inputs | {"text_embeds": _random(2, 7), "time_ids": ids}
+
+
+def tiny_wan(**options):
+    """Wan 2.1 from text; heads of 12, for the axes of time, height and width."""
+    torch.manual_seed(25)
+    model = WanTransformer3DModel(
+        **{
+            "num_attention_heads": 3, "attention_head_dim": 12, "in_channels": 2,
+            "out_channels": 2, "text_dim": 10, "freq_dim": 8, "ffn_dim": 15, "num_layers": 2,
+            "rope_max_seq_len": 64,
+        } | options
+    )  # fmt: skip
+    model = _louder(model, "scale_shift_table", "to_out.0.weight", "to_out.0.bias", "net.2.weight")
+    return _louder(model, "norm_q", "norm_k", "norm_added_k", std=1.0)
+
+
+def tiny_wan_picture(**options):
+    """Wan 2.1 from a picture: its encoding is attended to, its latents come beside."""
+    return tiny_wan(**{"in_channels": 5, "image_dim": 6, "added_kv_proj_dim": 36} | options)
+
+
+def wan_batch():
+    inputs = {"encoder_hidden_states": _random(2, TEXT, 10)}
+    return _random(2, 2, 3, 4, 4), torch.tensor([640.0, 640.0]), inputs
+
+
+def wan_picture_batch():
+    inputs = {
+        "encoder_hidden_states": _random(2, 512, 10),
+        "encoder_hidden_states_image": _random(2, 3, 6),
+        "beside": _random(2, 3, 3, 4, 4),
+    }
+    return _random(2, 2, 3, 4, 4), torch.tensor([640.0, 640.0]), inputs
