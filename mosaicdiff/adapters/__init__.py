@@ -7,7 +7,9 @@ from typing import Any
 from .base import Adapter
 from .dit import DiTAdapter
 from .flux import FluxAdapter
+from .ltx import LTXAdapter
 from .pixart import PixArtAdapter
+from .sana import SanaAdapter
 from .sd3 import SD3Adapter
 from .unet import UNetAdapter
 from .wan import WanAdapter
@@ -15,7 +17,9 @@ from .wan import WanAdapter
 _ADAPTERS: tuple[Adapter, ...] = (
     DiTAdapter(),
     FluxAdapter(),
+    LTXAdapter(),
     PixArtAdapter(),
+    SanaAdapter(),
     SD3Adapter(),
     UNetAdapter(),
     WanAdapter(),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,6 +32,13 @@ def count_macs(denoiser: Denoiser, call: Callable[[Denoiser, torch.device], Any]
         copy = meta_copy(denoiser)
         with FlopCounterMode(display=False) as counter:
             call(copy, torch.device("meta"))
-    counts = counter.get_flop_counts().get("Global", {})
-    linear = sum(n for op, n in counts.items() if op.__name__ in _WEIGHT_PRODUCTS)
-    return Macs(linear // 2, (sum(counts.values()) - linear) // 2)
+    counts = counter.get_flop_counts()
+    total = counts.get("Global", {})
+    linear = sum(n for op, n in total.items() if op.__name__ in _WEIGHT_PRODUCTS)
+    # Of an input that is not contiguous a linear's product is a batched one, as attention's are.
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    for name, module in copy.named_modules():
+        if isinstance(module, kinds):
+            own = counts.get(f"{type(copy).__name__}.{name}", {})
+            linear += sum(n for op, n in own.items() if op.__name__ not in _WEIGHT_PRODUCTS)
+    return Macs(linear // 2, (sum(total.values()) - linear) // 2)
