@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..model_checks import check_state
 from .base import Adapter
 from .dit import DiTAdapter
 from .flux import FluxAdapter
@@ -33,8 +34,10 @@ def adapter_for(denoiser: Any) -> Adapter:
     """Return the adapter of a denoiser, by its class name.
 
     Raises:
-        ValueError: no adapter knows the class.
+        ValueError: no adapter knows the class, or something is around the denoiser.
     """
+    if type(denoiser).__name__ not in DENOISER_CLASSES:
+        check_state(denoiser)
     return adapter_for_class(type(denoiser).__name__)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..groups import Denoiser, Macs, PrunableLayer, WeightTarget, shared_input
+from ..model_checks import check_shapes, check_state
 from ..pack import BiasOnly
 from .base import Adapter
 from .common import check_plain
@@ -42,7 +43,9 @@ class Family(Adapter):
             return getattr(diffusers, self.denoiser_class).from_config(config)
 
     def check(self, denoiser: Denoiser) -> None:
+        check_state(denoiser, self.processors, self.grouped_kv)
         check_plain(denoiser, self.layers(denoiser))
+        check_shapes(denoiser, self.empty(dict(denoiser.config)).state_dict())
 
     def layers(self, denoiser: Denoiser, shared_norms: str = "exact") -> tuple[PrunableLayer, ...]:
         found: list[PrunableLayer] = []
