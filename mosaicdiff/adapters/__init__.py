@@ -10,8 +10,10 @@ from .dit import DiTAdapter
 from .flux import FluxAdapter
 from .flux2 import Flux2Adapter
 from .hunyuan_video import HunyuanVideoAdapter
+from .ltx import LTXAdapter
 from .pixart import PixArtAdapter
 from .qwen import QwenImageAdapter
+from .sana import SanaAdapter
 from .sd3 import SD3Adapter
 from .unet import UNetAdapter
 from .wan import WanAdapter
@@ -21,8 +23,10 @@ _ADAPTERS: tuple[Adapter, ...] = (
     FluxAdapter(),
     Flux2Adapter(),
     HunyuanVideoAdapter(),
-    PixArtAdapter(),
     QwenImageAdapter(),
+    LTXAdapter(),
+    PixArtAdapter(),
+    SanaAdapter(),
     SD3Adapter(),
     UNetAdapter(),
     WanAdapter(),

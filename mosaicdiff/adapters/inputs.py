@@ -77,12 +77,12 @@ class Condition:
             value = value.get(part) if isinstance(value, Mapping) else None
         return value
 
-    def put(self, arguments: dict[str, Any], value: torch.Tensor) -> None:
-        """Put a batch's value into the arguments of a call."""
+    def put(self, arguments: dict[str, Any], value: torch.Tensor | float) -> None:
+        """Put a batch's value, or a plain number, into the arguments of a call."""
         *path, leaf = self.argument.split(".")
         for part in path:
             arguments = arguments.setdefault(part, {})
-        if self.per_call:
+        if self.per_call and torch.is_tensor(value):
             arguments[leaf] = value[0] if self.number is None else self.number(value[0].item())
         else:
             arguments[leaf] = value
