@@ -113,7 +113,9 @@ def test_prune_by_captions_prompts_and_latents_alike(tiny_sd3_folder, captioned,
         report = run_json("prune", tiny_sd3_folder, "--output", output, *options)
         kept.append(kept_counts(report))
         stored.append(load_file(weights_file(output)))
-        differ = [key for key, value in stored[0].items() if not torch.equal(value, stored[-1][key])]
+        differ = [
+            key for key, value in stored[0].items() if not torch.equal(value, stored[-1][key])
+        ]
         assert not differ, name
     assert all(row == kept[0] for row in kept)
     pruned = DiffusionPipeline.from_pretrained(output)
