@@ -104,6 +104,7 @@ def prepare(
     calibration: CalibrationSource,
     measured: Calibration | str | Path | None = None,
     prompts: PromptSource = None,
+    *,
     component: str | None = None,
     cache: bool = True,
 ) -> Job:
@@ -194,10 +195,9 @@ def _partner(pipeline: DiffusionPipeline | None, part: Component) -> Denoiser | 
 
 def sampling_of(adapter: Adapter, denoiser: Denoiser) -> Sampling:
     """Return how the pipelines of a family start their sampler, at the denoiser's own size."""
-    tokens = getattr(adapter, "tokens", None)
     return Sampling(
-        None if tokens is None else tokens(denoiser)["image"],
-        getattr(adapter, "passes_sigmas", False),
+        adapter.tokens(denoiser)["image"],
+        adapter.passes_sigmas,
         adapter.denoiser_class == "Flux2Transformer2DModel",
     )
 

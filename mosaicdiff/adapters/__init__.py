@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..model_checks import check_state
 from .base import Adapter
 from .dit import DiTAdapter
 from .flux import FluxAdapter
 from .pixart import PixArtAdapter
 from .sd3 import SD3Adapter
 from .unet import UNetAdapter
+from .wan import WanAdapter
 
 _ADAPTERS: tuple[Adapter, ...] = (
     DiTAdapter(),
@@ -17,6 +19,7 @@ _ADAPTERS: tuple[Adapter, ...] = (
     PixArtAdapter(),
     SD3Adapter(),
     UNetAdapter(),
+    WanAdapter(),
 )
 
 #: Class names of the denoisers that can be pruned.
@@ -27,8 +30,10 @@ def adapter_for(denoiser: Any) -> Adapter:
     """Return the adapter of a denoiser, by its class name.
 
     Raises:
-        ValueError: no adapter knows the class.
+        ValueError: no adapter knows the class, or something is around the denoiser.
     """
+    if type(denoiser).__name__ not in DENOISER_CLASSES:
+        check_state(denoiser)
     return adapter_for_class(type(denoiser).__name__)
 
 

@@ -1,4 +1,4 @@
-"""What adapters share: checks of a denoiser's state, and counts."""
+"""What adapters share: checks of a denoiser's layers, and counts."""
 
 from __future__ import annotations
 
@@ -10,23 +10,11 @@ from ..groups import Denoiser, PrunableLayer
 
 
 def check_plain(denoiser: Denoiser, layers: Iterable[PrunableLayer]) -> None:
-    """Refuse fused projections, LoRA, quantised layers and head counts that do not fit.
+    """Refuse layers of other kinds, as a quantiser puts, and head counts that do not fit.
 
     Raises:
         ValueError: names the module.
     """
-    for name, module in denoiser.named_modules():
-        if getattr(module, "fused_projections", False):
-            raise ValueError(
-                f"prune: {name} must have its own q, k and v projections, but they are fused. "
-                "Load the model again, prune, and fuse afterwards: unfuse_qkv_projections() "
-                "leaves the fused copies behind."
-            )
-        if hasattr(module, "lora_A") or hasattr(module, "base_layer"):
-            raise ValueError(
-                f"prune: {name} must be a plain layer, but an adapter (LoRA) is loaded. "
-                "Fuse it into the weights or unload it first."
-            )
     for layer in layers:
         for name in layer.modules:
             kind = type(denoiser.get_submodule(name))

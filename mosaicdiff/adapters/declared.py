@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..groups import Denoiser, Macs, PrunableLayer, WeightTarget, shared_input
+from ..model_checks import check_shapes, check_state
 from ..pack import BiasOnly
 from .base import Adapter
 from .common import check_plain
@@ -42,7 +43,9 @@ class Family(Adapter):
             return getattr(diffusers, self.denoiser_class).from_config(config)
 
     def check(self, denoiser: Denoiser) -> None:
+        check_state(denoiser, self.processors, self.grouped_kv)
         check_plain(denoiser, self.layers(denoiser))
+        check_shapes(denoiser, self.empty(dict(denoiser.config)).state_dict())
 
     def layers(self, denoiser: Denoiser, shared_norms: str = "exact") -> tuple[PrunableLayer, ...]:
         found: list[PrunableLayer] = []
@@ -97,8 +100,12 @@ class Family(Adapter):
     def example_inputs(
         self, denoiser: Denoiser, batch_size: int, device: torch.device
     ) -> dict[str, Any]:
-        conditions, tokens = self.conditions_for(denoiser), self.tokens(denoiser)
-        return example_conditions(denoiser, conditions, tokens, batch_size, device)
+        conditions, sizes = self.conditions_for(denoiser), self.example_sizes(denoiser)
+        return example_conditions(denoiser, conditions, sizes, batch_size, device)
+
+    def example_sizes(self, denoiser: Denoiser) -> Mapping[str, int]:
+        """Return the sizes that conditions leave open, at the native size: tokens, and others."""
+        return self.tokens(denoiser)
 
     def conditions_of(self, arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         latents = next(value for name, value in arguments.items() if name != "self")

@@ -24,7 +24,7 @@ from .common import (
     prompt_source,
     told_progress,
 )
-from .request_options import calibration_options, read_config
+from .request_options import calibration_options, component_option, read_config
 
 
 @click.command(
@@ -39,6 +39,7 @@ from .request_options import calibration_options, read_config
 @click.argument("model")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="New file.")
 @calibration_options
+@component_option
 @pipeline_config_option
 @device_option
 @dtype_option
@@ -73,7 +74,10 @@ def calibrate(context: click.Context, as_json: bool, **options: Any) -> None:
     from ..statistics.calibration_file import save_calibration, stated_bytes
 
     pipe = load_pipeline(options["model"], dtype, device, options["pipeline_config"])
-    job = prepare(pipe, config, None, options["calibration"], prompts=prompts, cache=cache)
+    job = prepare(
+        pipe, config, None, options["calibration"], prompts=prompts, cache=cache,
+        component=options["component"],
+    )  # fmt: skip
     stated = stated_bytes(job.layers, len(job.frame.division), traced=config.stage_count != "auto")
     values = {
         "output": str(output),

@@ -68,12 +68,14 @@ def _print_families(out: Console, rows: tuple[Family, ...]) -> None:
     for column in ("denoiser and its pipelines", "what goes", "q/k norms", "what stays"):
         table.add_column(column)
     for row in rows:
-        ends = ["first and last block, unless --prune-ends"] if row.whole_ends else []
+        stays = list(dict.fromkeys(why.partition(":")[0] for _, why in row.stays))
+        stays += ["first and last block, unless --prune-ends"] if row.whole_ends else []
         table.add_row(
             "\n".join((row.denoiser, *(f"  {name}" for name in row.pipelines))),
-            row.goes, row.norms, "\n".join([*(why for _, why in row.stays), *ends]),
+            row.goes, row.norms, "; ".join(stays),
         )  # fmt: skip
     out.print(table)
+    out.print("Of one model, with shares and reasons: mosaicdiff families MODEL", highlight=False)
 
 
 def _print_model(out: Console, model: str, view: ModelView) -> None:

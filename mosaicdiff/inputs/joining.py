@@ -40,7 +40,7 @@ def joined(parts: Sequence[Part], conditions: Sequence[Condition]) -> dict[str, 
 
 
 def _alike(value: torch.Tensor) -> bool:
-    """Tell whether all rows are the first one but for rounding, which may differ by row."""
+    """Tell whether all rows are the first one, but for rounding, which may differ by row."""
     if not value.is_floating_point():
         return bool((value == value[:1]).all())
     rounding = 16 * torch.finfo(value.dtype).eps * float(value[:1].abs().max())

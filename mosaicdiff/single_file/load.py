@@ -45,23 +45,30 @@ def _stored(
 ) -> dict[str, torch.Tensor]:
     """Take the tensors of a checkpoint out of those of a file."""
     held = load_file(path, device=str(device))
-    found: dict[str, list[tuple[int, torch.Tensor]]] = defaultdict(list)
-    for name, parts in plan["tensors"].items():
+    found: dict[str, list[tuple[int, int, torch.Tensor]]] = defaultdict(list)
+    for name, made_of in plan["tensors"].items():
         if name not in held:
             raise ValueError(f"load_single_file: {path} must hold {name}, but it does not.")
-        if isinstance(parts, str):
-            found[parts].append((0, held[name]))
+        if isinstance(made_of, str):
+            found[made_of].append((0, 0, held[name]))
             continue
-        if sum(rows for _, _, rows in parts) != len(held[name]):
+        axis, parts = (0, made_of) if isinstance(made_of, list) else (
+            made_of["axis"], made_of["parts"]
+        )  # fmt: skip
+        lengths = [length for _, _, length in parts]
+        if sum(lengths) != held[name].shape[axis]:
             raise ValueError(
-                f"load_single_file: {name} must have {sum(rows for _, _, rows in parts)} rows, got "
-                f"{len(held[name])} in {path}."
+                f"load_single_file: {name} must have {sum(lengths)} rows or columns along axis "
+                f"{axis}, got {held[name].shape[axis]} in {path}."
             )
-        split = held[name].split([rows for _, _, rows in parts])
-        for (stored, start, _), rows in zip(parts, split, strict=True):
-            found[stored].append((start, rows))
-    return {
-        stored: rows[0][1].contiguous() if len(rows) == 1
-        else torch.cat([part for _, part in sorted(rows, key=lambda one: one[0])])
-        for stored, rows in found.items()
-    }  # fmt: skip
+        split = held[name].split(lengths, axis)
+        for (stored, start, _), part in zip(parts, split, strict=True):
+            found[stored].append((start, axis, part))
+    return {stored: _joined(parts) for stored, parts in found.items()}
+
+
+def _joined(parts: list[tuple[int, int, torch.Tensor]]) -> torch.Tensor:
+    parts = sorted(parts, key=lambda part: part[0])
+    if len(parts) == 1:
+        return parts[0][2].contiguous()
+    return torch.cat([part for _, _, part in parts], parts[0][1])

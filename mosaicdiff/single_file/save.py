@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +13,9 @@ from safetensors.torch import save_file
 from ..adapters import adapter_for_class
 from ..checkpoint import config_of, storage_of
 from ..files import current_umask
-from .layout import Layout, Run, conversion_of, derive_layout
-from .plan import KEY, PREFIX, VERSION, pack_kept, read_header
+from .assembly import arrange, dense_name, slots_of
+from .layout import Layout, conversion_of, derive_layout
+from .plan import KEY, VERSION, pack_kept, read_header
 
 if TYPE_CHECKING:
     from ..runtime import StagedDenoiser
@@ -25,17 +24,6 @@ if TYPE_CHECKING:
 _TYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
 }  # fmt: skip
-#: Stored names of what all stages share begin with one of these.
-_COMMON = ("shared.", "union.")
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Rows start..start+rows-1 of a tensor of the checkpoint."""
-
-    stored: str
-    start: int
-    rows: int
 
 
 def save_single_file(
@@ -68,14 +56,14 @@ def save_single_file(
     layout = check_source(origin, staged.info.base_class, staged.info.base_config)
     tensors, storage, aliases = storage_of(staged)
     kept = {name: tensors.pop(name) for name in list(tensors) if name.startswith("kept.")}
-    parts = _arrange(layout, tensors)
+    assembly = arrange(layout, slots_of(staged.info.layers, layout), tensors)
     header, metadata = read_header(origin)
     groups = {layer.name: layer.groups for layer in staged.info.layers}
     plan = {
         "version": VERSION,
         "checkpoint": config_of(staged, storage, aliases),
         "kept": {name: pack_kept(of, groups[name.split(".", 2)[2]]) for name, of in kept.items()},
-        "tensors": {name: _written(of, tensors) for name, of in parts.items()},
+        "tensors": {name: made_of.to_json(tensors) for name, made_of in assembly.items()},
         "report": staged.info.report,
         "pipeline": _place(config),
     }
@@ -84,9 +72,8 @@ def save_single_file(
         for name in header:
             if name not in layout:
                 made[name] = file.get_tensor(name)
-        for name, of in parts.items():
-            dense = _dense_name(name)
-            joined = torch.cat([tensors[p.stored][p.start : p.start + p.rows] for p in of])
+        for name, made_of in assembly.items():
+            dense, joined = dense_name(name), made_of.join(tensors)
             if dense not in header:  # masks, and what is left of masked weights
                 made[name] = joined.contiguous()
                 continue
@@ -144,83 +131,6 @@ def _place(config: str | Path | None) -> str | None:
     if config is None:
         return None
     return str(Path(config).absolute()) if Path(config).is_dir() else str(config)
-
-
-def _arrange(layout: Layout, tensors: dict[str, torch.Tensor]) -> dict[str, list[_Part]]:
-    """Say of which rows of which checkpoint tensors each tensor of the file is made.
-
-    A tensor of the file is parted where the stages share some of its parameters and have others
-    of their own: each part holds its rows in the file's order.
-    """
-    spaces: dict[str, dict[str, str]] = defaultdict(dict)
-    for stored in tensors:
-        prefix, parameter = _space(stored)
-        spaces[prefix][parameter] = stored
-    dense: dict[str, int] = defaultdict(int)
-    for runs in layout.values():
-        for run in runs:
-            dense[run.parameter] += run.rows
-    parts: dict[str, list[_Part]] = {}
-    for prefix, held in spaces.items():
-        if prefix == PREFIX:
-            parts |= {
-                PREFIX + stored: [_Part(stored, 0, len(tensors[stored]))]
-                for stored in held.values()
-            }
-            continue
-        for name, runs in layout.items():
-            of = [
-                _part(run, name, held[run.parameter], tensors, dense[run.parameter])
-                for run in runs
-                if run.parameter in held
-            ]
-            if of:
-                parts[prefix + name] = of
-    return parts
-
-
-def _space(stored: str) -> tuple[str, str]:
-    """Return the prefix of a stored tensor's name in the file, and its parameter."""
-    for common in _COMMON:
-        if stored.startswith(common):
-            return "", stored.removeprefix(common)
-    if stored.startswith("stage."):
-        _, stage, parameter = stored.split(".", 2)
-        return f"{PREFIX}stage.{stage}.", parameter
-    return PREFIX, stored
-
-
-def _part(
-    run: Run, name: str, stored: str, tensors: dict[str, torch.Tensor], dense_rows: int
-) -> _Part:
-    """Find a run of a dense parameter in what is left of the parameter.
-
-    Raises:
-        ValueError: rows were cut from a parameter that the file does not hold in one run.
-    """
-    rows = len(tensors[stored])
-    if rows == dense_rows:
-        return _Part(stored, run.start, run.rows)
-    if run.rows != dense_rows:
-        raise ValueError(
-            f"single file: {run.parameter} must lie in one piece and in order in {name} to lose "
-            "rows, but it does not. Save it as a folder with save_pretrained."
-        )
-    return _Part(stored, 0, rows)
-
-
-def _dense_name(name: str) -> str:
-    """Return the name in the source of a tensor that may be one stage's."""
-    if name.startswith(f"{PREFIX}stage."):
-        return name.removeprefix(f"{PREFIX}stage.").split(".", 1)[1]
-    return name
-
-
-def _written(parts: list[_Part], tensors: dict[str, torch.Tensor]) -> Any:
-    """Write parts for JSON; one whole tensor as its name."""
-    if len(parts) == 1 and parts[0].rows == len(tensors[parts[0].stored]):
-        return parts[0].stored
-    return [[part.stored, part.start, part.rows] for part in parts]
 
 
 def _as_in_source(

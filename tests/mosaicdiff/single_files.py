@@ -1,5 +1,6 @@
 """Tiny models written by hand in the layouts they are published in."""
 
+import types
 from pathlib import Path
 
 import torch
@@ -202,3 +203,10 @@ def vae_tensors(state: dict[str, torch.Tensor], prefix: str = "first_stage_model
         out[prefix + name.replace("conv_norm_out", "norm_out")] = tensor.contiguous()
     assert len(out) == len(state)
     return out
+
+
+def with_width(function, width: int):
+    """Return diffusers' conversion of FLUX, which is for one width only, for another one."""
+    constants = tuple(width if c == 3072 else c for c in function.__code__.co_consts)
+    code = function.__code__.replace(co_consts=constants)
+    return types.FunctionType(code, function.__globals__, function.__name__)

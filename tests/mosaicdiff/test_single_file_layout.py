@@ -1,7 +1,5 @@
 """What the tensors of published files are made of, found by converting row numbers."""
 
-import types
-
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
@@ -10,7 +8,7 @@ from diffusers.loaders import single_file_utils
 from mosaicdiff.single_file.layout import Run, conversion_of, derive_layout
 
 from .conftest import tiny_sd3
-from .single_files import flux_tensors, sd3_tensors, unet_tensors
+from .single_files import flux_tensors, sd3_tensors, unet_tensors, with_width
 
 
 def tiny_flux() -> FluxTransformer2DModel:
@@ -48,13 +46,6 @@ def tiny_unet(linear: bool) -> UNet2DConditionModel:
         use_linear_projection=linear,
         **(extra if linear else {}),
     ).requires_grad_(False)
-
-
-def with_width(function, width: int):
-    """Return diffusers' conversion of FLUX, which is for one width only, for another one."""
-    constants = tuple(width if c == 3072 else c for c in function.__code__.co_consts)
-    code = function.__code__.replace(co_consts=constants)
-    return types.FunctionType(code, function.__globals__, function.__name__)
 
 
 def shapes(tensors):
