@@ -23,8 +23,9 @@ from mosaicdiff.allocation.planning import step_scores
 from mosaicdiff.allocation.shares import stage_shares
 from mosaicdiff.evaluate import DigitsJudge, sample_images
 from mosaicdiff.evaluate.sampling import balanced_labels
+from mosaicdiff.inputs.load import load_calibration
 from mosaicdiff.pipeline import plan
-from mosaicdiff.sources import load_calibration, load_pipeline
+from mosaicdiff.sources import load_pipeline
 from mosaicdiff.trajectory.schedule import NoiseSchedule, step_log_snr
 from mosaicdiff.trajectory.stages import stage_means
 

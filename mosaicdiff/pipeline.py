@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from .allocation.latency_budget import with_latencies
 from .allocation.planning import PrunePlan, make_frame, share_plan
 from .config import PruneConfig
 from .groups import Denoiser
+from .inputs.asked import CalibrationSource
 from .packages.prune import in_packages, prune_in_packages
 from .report import PruneReport
 from .reporting import report_of
-from .request import CalibrationSource, Job, prepare, sampling_of
+from .request import Job, prepare, sampling_of
 from .runtime import StagedDenoiser
 from .solving.fit import assemble, last_groups_removed
-from .sources import source_name
+from .sources import find_denoisers, source_name
 from .statistics.calibration import Calibration
 from .statistics.calibration_file import made_for
 from .statistics.gather import Progress, gather, trace
@@ -31,11 +33,21 @@ from .statistics.prompts import PromptSource
 
 @dataclass(frozen=True)
 class PruneResult:
-    """What `prune` gives: the staged denoiser, the report, and the pipeline that now holds it."""
+    """What `prune` gives.
+
+    Args:
+        denoiser: the staged one.
+        report: what was done.
+        pipeline: that now holds it.
+        component: under which name; None of a bare denoiser.
+        others: the same of the pipeline's other denoisers, where it has two.
+    """
 
     denoiser: StagedDenoiser
     report: PruneReport
     pipeline: DiffusionPipeline | None = None
+    component: str | None = None
+    others: tuple[PruneResult, ...] = ()
 
 
 def plan(
@@ -47,19 +59,23 @@ def plan(
     measured: Calibration | str | Path | None = None,
     prompts: PromptSource = None,
     cache: bool = True,
+    component: str | None = None,
 ) -> PrunePlan:
     """Check a request and say what it would remove, without running the model.
 
-    Arguments and errors are those of `prune`.
+    Arguments and errors are those of `prune`; of a pipeline with two denoisers, the plan is of
+    `component`, by default of the one that is called first.
 
     Raises:
         ValueError: what is removed depends on a calibration that is not there yet.
     """
+    asked = config or PruneConfig()
     return plan_of(
         prepare(
-            model, config or PruneConfig(), scheduler, calibration, measured, prompts, cache=cache
+            model, asked, scheduler, calibration, measured, prompts,
+            cache=cache, component=component,
         )
-    )
+    )  # fmt: skip
 
 
 def plan_of(job: Job) -> PrunePlan:
@@ -100,8 +116,13 @@ def prune(
     state: str | Path | None = None,
     resume: str | Path | None = None,
     progress: Progress | None = None,
+    component: str | None = None,
 ) -> PruneResult:
-    """Divide, calibrate, allocate, prune and pack a denoiser.
+    """Divide, calibrate, allocate, prune and pack a denoiser, or both of a pipeline that has two.
+
+    Each of two is planned within the sampling steps that it is called at, and meets the budget by
+    itself; both are calibrated with the other dense. A budget of MACs of an image is then of the
+    steps of each.
 
     Args:
         model: a pipeline, whose denoiser is replaced when all is done, or a bare denoiser, which
@@ -127,6 +148,8 @@ def prune(
         state: new folder that keeps every package once it is solved.
         resume: such a folder that an interrupted run left, to go on from.
         progress: hears how far the work is.
+        component: name of the one denoiser to prune, of a pipeline with two. Needed with
+            `measured` and `search_state`, which are of one.
 
     Returns:
         The staged denoiser, callable like the original, its report and the pipeline.
@@ -136,32 +159,80 @@ def prune(
             and nothing is changed.
         RuntimeError: a layer's Hessian could not be inverted under any allowed damping.
     """
-    started = time.perf_counter()
     if state is not None and resume is not None:
         raise ValueError(
             f"prune: state must be left out with resume, which names the folder, got {state}."
         )
-    job = prepare(
-        model, config or PruneConfig(), scheduler, calibration, measured, prompts, cache=cache
-    )
-    tell = progress or _silent
+    asked = config or PruneConfig()
+    names = _components(model, component)
+    if len(names) > 1:
+        _refuse_shared(names, measured=measured, search_state=search_state)
+        if calibration is not None and not isinstance(calibration, (str, Path)):
+            calibration = list(calibration)  # read once for each
+    jobs = [
+        prepare(
+            model, asked, scheduler, calibration, measured, prompts, component=name, cache=cache
+        )
+        for name in names
+    ]
+    folder = resume if state is None else state
+    results = []
+    for job in jobs:
+        tell = _naming(progress or _silent, job.component if len(jobs) > 1 else None)
+        where = None if folder is None else Path(folder)
+        going_on = resume is not None
+        if where is not None and len(jobs) > 1:
+            where = where / str(job.component)
+            going_on = where.is_dir()  # an interrupted run may not have come to the second
+        results.append(_prune_one(job, tell, search_state, where, going_on))
+    for result in results:  # when all is done
+        if result.pipeline is not None:
+            result.pipeline.register_modules(**{str(result.component): result.denoiser})
+    return replace(results[0], others=tuple(results[1:]))
+
+
+def _prune_one(
+    job: Job, tell: Progress, search_state: str | Path | None, folder: Path | None, resume: bool
+) -> PruneResult:
+    """Carry out a checked request; the pipeline still holds the dense denoiser."""
+    started = time.perf_counter()
     # A bare denoiser stays the caller's own: the stages get tensors of theirs.
     base = job.denoiser if job.pipeline is not None else copy.deepcopy(job.denoiser)
-    folder = resume if state is None else state
     if in_packages(job, folder):
-        where = None if folder is None else Path(folder)
-        done = prune_in_packages(job, tell, where, resume is not None)
+        done = prune_in_packages(job, tell, folder, resume)
         staged = done.kind.network(base, done.solutions)
         report = report_of(job, staged, done.decision, done.solutions, done.packages)
     else:
         staged, report = _prune_at_once(job, base, tell, search_state)
     staged.info.source = source_name(job.pipeline)
-    report = replace(report, seconds=time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    report = replace(report, seconds=seconds, component=job.component)
     staged.info.report = report.to_dict()
-    if job.pipeline is None or job.component is None:
-        return PruneResult(staged, report)
-    job.pipeline.register_modules(**{job.component: staged})
-    return PruneResult(staged, report, job.pipeline)
+    return PruneResult(staged, report, job.pipeline, job.component)
+
+
+def _components(model: DiffusionPipeline | Denoiser, component: str | None) -> Sequence[str | None]:
+    """Name the denoisers to prune."""
+    if component is not None or not isinstance(model, DiffusionPipeline):
+        return [component]
+    return [part.name for part in find_denoisers(model)]
+
+
+def _refuse_shared(names: Sequence[str | None], **given: Any) -> None:
+    """Refuse what belongs to one denoiser where several are to be pruned."""
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(
+                f"prune: component must be one of {', '.join(map(str, names))} with {name}, which "
+                "is of one denoiser, got None. Prune one after the other."
+            )
+
+
+def _naming(tell: Progress, component: str | None) -> Progress:
+    """Let progress say which denoiser is worked on."""
+    if component is None:
+        return tell
+    return lambda what, done, total: tell(f"{component}: {what}", done, total)
 
 
 def _prune_at_once(
@@ -188,14 +259,17 @@ def calibrate(
     prompts: PromptSource = None,
     cache: bool = True,
     progress: Progress | None = None,
+    component: str | None = None,
 ) -> Calibration:
     """Measure all that pruning needs of a model, once for every budget.
 
-    Arguments and errors are those of `prune`. With `stages="auto"` the bins are kept, and the
-    stages may be put wherever bins meet; otherwise the curves of the stages are traced too.
+    Arguments and errors are those of `prune`; of a pipeline with two denoisers, `component` is
+    measured, by default the one that is called first. With `stages="auto"` the bins are kept, and
+    the stages may be put wherever bins meet; otherwise the curves of the stages are traced too.
     """
+    asked = config or PruneConfig()
     job = prepare(
-        model, config or PruneConfig(), scheduler, calibration, prompts=prompts, cache=cache
+        model, asked, scheduler, calibration, prompts=prompts, cache=cache, component=component
     )
     return calibrate_job(job, progress or _silent)
 

@@ -123,6 +123,8 @@ class PruneReport:
     seconds: float
     decision: DecisionReport | None = None
     packages: PackagesReport | None = None
+    #: Name of the denoiser in its pipeline.
+    component: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that JSON can hold."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,35 +14,26 @@ from .allocation.costs import CostModel, layer_sizes
 from .allocation.planning import Frame, effort_bounds, make_frame, share_plan
 from .config import PruneConfig
 from .groups import Denoiser, PrunableLayer
-from .inputs.batching import fitting_rows
+from .inputs.asked import CalibrationSource, read_asked, read_data, with_batch
 from .patterns import check_patterns
 from .runtime import StagedDenoiser
 from .sources import (
     DIGITS,
     Component,
-    class_count,
     find_component,
     find_denoisers,
-    load_calibration,
     source_name,
 )
 from .statistics.calibration import Calibration
 from .statistics.calibration_file import check_made_for, load_calibration_file, made_for
-from .statistics.noising import Batch, CalibrationSet
+from .statistics.noising import CalibrationSet
 from .statistics.prompts import (
     Prompts,
     PromptSource,
-    call_options,
-    condition_argument,
-    read_prompts,
 )
 from .statistics.sampled import SampledLatents
 from .targets import choose_targets, target_shares
 from .trajectory.schedulers import Sampling, is_flow
-from .trajectory.weights import step_weights
-
-#: What clean latents may be handed over as.
-CalibrationSource = str | Path | Iterable[Batch] | None
 
 
 @dataclass(frozen=True)
@@ -114,6 +104,7 @@ def prepare(
     calibration: CalibrationSource,
     measured: Calibration | str | Path | None = None,
     prompts: PromptSource = None,
+    *,
     component: str | None = None,
     cache: bool = True,
 ) -> Job:
@@ -121,6 +112,7 @@ def prepare(
 
     Args:
         component: which denoiser of a pipeline; the first that it calls by default.
+        cache: whether what is encoded is kept on disk.
     """
     pipeline = model if isinstance(model, DiffusionPipeline) else None
     part = _choose_part(model, component)
@@ -140,12 +132,7 @@ def prepare(
         )
     _check_family(adapter, scheduler)
     sampling = sampling_of(adapter, denoiser)
-    asked, captions = None, None
-    if config.activations == "noised":
-        captions = _read_captions(prompts, pipeline, calibration)
-        _check_encoding(config, pipeline, calibration, captions)
-    else:
-        asked = _read_prompts(prompts, pipeline, config, measured is not None)
+    asked = read_asked(prompts, pipeline, config, calibration, measured is not None, cache)
     layers = adapter.layers(denoiser)
     config = _with_ends(config, adapter, denoiser)
     # Refuse what no calibration could save before reading it; the power of its latents comes later.
@@ -165,14 +152,13 @@ def prepare(
             )
         if isinstance(measured, (str, Path)):
             measured = load_calibration_file(measured)
-        check_made_for(measured, made_for(denoiser, scheduler, config, asked))
+        check_made_for(measured, made_for(denoiser, scheduler, config, asked.sampled))
     needless = config.activations == "trajectory" or (
         measured is not None and source_name(pipeline) != DIGITS
     )
     data = None
     if calibration is not None or not needless:
-        encoding = _Encoding(captions, config, cache)
-        data = _read_data(calibration, pipeline, adapter, denoiser, encoding)
+        data = read_data(calibration, pipeline, adapter, denoiser, asked)
     if data is not None and measured is None and config.null_share > 0:
         # Refuse before any work where the batches do not hold what a null condition is.
         _, first = data.take(torch.zeros(1, dtype=torch.long))
@@ -180,10 +166,10 @@ def prepare(
     power = measured.power if measured is not None else data.power if data is not None else None
     frame = make_frame(scheduler, config, power, sampling, part.span)
     costs = _check_reach(layers, frame, config, denoiser, adapter)
-    config = _with_batch(config, adapter, denoiser, frame, data)
+    config = with_batch(config, adapter, denoiser, frame, data)
     return Job(
         denoiser, adapter, scheduler, layers, frame, config, costs, data, measured, pipeline,
-        part.name or None, asked, sampling=sampling, partner=_partner(pipeline, part),
+        part.name or None, asked.sampled, sampling=sampling, partner=_partner(pipeline, part),
     )  # fmt: skip
 
 
@@ -209,10 +195,9 @@ def _partner(pipeline: DiffusionPipeline | None, part: Component) -> Denoiser | 
 
 def sampling_of(adapter: Adapter, denoiser: Denoiser) -> Sampling:
     """Return how the pipelines of a family start their sampler, at the denoiser's own size."""
-    tokens = getattr(adapter, "tokens", None)
     return Sampling(
-        None if tokens is None else tokens(denoiser)["image"],
-        getattr(adapter, "passes_sigmas", False),
+        adapter.tokens(denoiser)["image"],
+        adapter.passes_sigmas,
         adapter.denoiser_class == "Flux2Transformer2DModel",
     )
 
@@ -240,147 +225,6 @@ def _with_ends(config: PruneConfig, adapter: Adapter, denoiser: Denoiser) -> Pru
     blocks = adapter.blocks(denoiser)
     ends = tuple(name for name in (blocks[0], blocks[-1]) if name not in config.exclude)
     return replace(config, exclude=(*config.exclude, *ends))
-
-
-def _read_prompts(
-    prompts: PromptSource,
-    pipeline: DiffusionPipeline | None,
-    config: PruneConfig,
-    optional: bool,
-) -> Prompts | None:
-    """Read what to sample with, and try the settings of the run."""
-    if pipeline is None:
-        raise ValueError(
-            "prune: model must be a pipeline with activations='trajectory', got a bare denoiser: "
-            "its pipeline is run. Give the pipeline, or use activations='noised' with clean "
-            "latents."
-        )
-    trajectory = config.trajectory
-    step_weights(trajectory.weights, config.steps, trajectory.weight_range)
-    call = type(pipeline).__call__
-    call_options(call, trajectory)
-    argument = condition_argument(call)
-    if argument == "prompt" and prompts is None and optional:
-        return None
-    by_class = argument == "class_labels"
-    return read_prompts(
-        prompts,
-        argument,
-        classes=class_count(pipeline) if by_class else 0,
-        names=getattr(pipeline, "labels", None),
-        samples=trajectory.samples,
-        seed=config.seed,
-    )
-
-
-def _read_captions(
-    prompts: PromptSource,
-    pipeline: DiffusionPipeline | None,
-    calibration: CalibrationSource,
-) -> Prompts | None:
-    """Read prompts that are captions of clean images or latents."""
-    if prompts is None:
-        return None
-    if pipeline is None or not isinstance(calibration, (str, Path)):
-        raise ValueError(
-            "prune: prompts must be left out with activations='noised' and no images or latents "
-            f"in files, whose captions they are, got {str(prompts):.60}. Name those "
-            "(--calibration FOLDER), or ask for activations='trajectory' (--activations "
-            "trajectory)."
-        )
-    if condition_argument(type(pipeline).__call__) != "prompt":
-        raise ValueError(
-            "prune: prompts must be left out with activations='noised' for a class-conditional "
-            f"pipeline, whose sources hold labels, got {str(prompts):.60}."
-        )
-    return read_prompts(prompts, "prompt")
-
-
-def _check_encoding(
-    config: PruneConfig,
-    pipeline: DiffusionPipeline | None,
-    calibration: CalibrationSource,
-    captions: Prompts | None,
-) -> None:
-    """Refuse settings of the pipeline's call where nothing is encoded by it."""
-    trajectory = config.trajectory
-    if trajectory.guidance_scale is None and not trajectory.options:
-        return
-    folder = isinstance(calibration, (str, Path)) and Path(calibration).is_dir()
-    if pipeline is None or not (captions is not None or folder):
-        raise ValueError(
-            "prune: trajectory must be left out with activations='noised' where no texts are "
-            f"encoded, got {trajectory.to_dict(config.steps)}. Give images with captions, or ask "
-            "for activations='trajectory' (--activations trajectory)."
-        )
-    call_options(type(pipeline).__call__, trajectory)
-
-
-@dataclass(frozen=True)
-class _Encoding:
-    """How a pipeline makes calibration batches of texts and images."""
-
-    captions: Prompts | None
-    config: PruneConfig
-    cache: bool
-
-
-def _read_data(
-    calibration: CalibrationSource,
-    pipeline: DiffusionPipeline | None,
-    adapter: Adapter,
-    denoiser: Denoiser,
-    encoding: _Encoding,
-) -> CalibrationSet:
-    sized = False
-    if calibration is None or isinstance(calibration, (str, Path)):
-        if pipeline is None:
-            raise ValueError(
-                "prune: calibration must be batches of (latents, inputs) with a bare denoiser, "
-                f"got {calibration!r}."
-            )
-        options = call_options(type(pipeline).__call__, encoding.config.trajectory)
-        sized = bool({"height", "width", "num_frames"} & set(options))
-        captions = encoding.captions
-        calibration = load_calibration(
-            calibration,
-            pipeline,
-            prompts=None if captions is None else [str(value) for value in captions.values],
-            options=options,
-            steps=encoding.config.steps,
-            cache=encoding.cache,
-        )
-    return CalibrationSet(calibration, adapter, denoiser, drawn=sized)
-
-
-def _with_batch(
-    config: PruneConfig,
-    adapter: Adapter,
-    denoiser: Denoiser,
-    frame: Frame,
-    data: CalibrationSet | None,
-) -> PruneConfig:
-    """Choose how many samples go through the denoiser at once, where that is asked for."""
-    if config.batch_size != "auto":
-        return config
-    parameter = next(denoiser.parameters())
-    middle = torch.from_numpy(frame.schedule.timesteps)[len(frame.schedule.timesteps) // 2]
-
-    def call(rows: int) -> None:
-        if data is None:
-            latents = torch.zeros(rows, *adapter.latent_shape(denoiser))
-            inputs = adapter.example_inputs(denoiser, rows, parameter.device)
-        else:
-            latents, inputs = data.take(torch.arange(rows) % len(data))
-            inputs = adapter.null_inputs(denoiser, inputs, torch.zeros(rows, dtype=torch.bool))
-        inputs = {name: value.to(parameter.device) for name, value in inputs.items()}
-        timesteps = middle.expand(rows).to(parameter.device)
-        with torch.no_grad():
-            adapter.predict(
-                denoiser, latents.to(parameter.device, parameter.dtype), timesteps, inputs
-            )
-
-    return replace(config, batch_size=fitting_rows(call, parameter.device, denoiser))
 
 
 def _check_reach(

@@ -211,7 +211,7 @@ class StagedDenoiser(ModelMixin, ConfigMixin):
         Raises:
             ValueError: the folder holds no staged denoiser, or one of another version.
         """
-        from .checkpoint import load
+        from .checkpoint_load import load
 
         if path is None:
             raise ValueError("StagedDenoiser: path must be a folder or a Hub id, got None.")

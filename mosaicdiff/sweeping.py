@@ -14,7 +14,8 @@ from .allocation.decide import make_allocator, measured_error
 from .allocation.planning import effort_bounds
 from .config import PruneConfig
 from .groups import Denoiser
-from .request import CalibrationSource, prepare
+from .inputs.asked import CalibrationSource
+from .request import prepare
 from .statistics.calibration import Calibration
 from .statistics.gather import Progress, gather, make_probe
 from .statistics.prompts import PromptSource

@@ -11,6 +11,7 @@ from .flux import FluxAdapter
 from .pixart import PixArtAdapter
 from .sd3 import SD3Adapter
 from .unet import UNetAdapter
+from .wan import WanAdapter
 
 _ADAPTERS: tuple[Adapter, ...] = (
     DiTAdapter(),
@@ -18,6 +19,7 @@ _ADAPTERS: tuple[Adapter, ...] = (
     PixArtAdapter(),
     SD3Adapter(),
     UNetAdapter(),
+    WanAdapter(),
 )
 
 #: Class names of the denoisers that can be pruned.

@@ -100,8 +100,12 @@ class Family(Adapter):
     def example_inputs(
         self, denoiser: Denoiser, batch_size: int, device: torch.device
     ) -> dict[str, Any]:
-        conditions, tokens = self.conditions_for(denoiser), self.tokens(denoiser)
-        return example_conditions(denoiser, conditions, tokens, batch_size, device)
+        conditions, sizes = self.conditions_for(denoiser), self.example_sizes(denoiser)
+        return example_conditions(denoiser, conditions, sizes, batch_size, device)
+
+    def example_sizes(self, denoiser: Denoiser) -> Mapping[str, int]:
+        """Return the sizes that conditions leave open, at the native size: tokens, and others."""
+        return self.tokens(denoiser)
 
     def conditions_of(self, arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         latents = next(value for name, value in arguments.items() if name != "self")

@@ -143,9 +143,11 @@ class UNetAdapter(Family):
                 )
 
     def tokens(self, denoiser: Denoiser) -> Mapping[str, int]:
-        """Return the tokens of the text, those of the picture at its finest level, and widths."""
-        config = denoiser.config
-        found = {"image": _side(denoiser, 0) ** 2, "text": TEXT_TOKENS}
+        """Return the tokens of the text, and those of the picture at its finest level."""
+        return {"image": _side(denoiser, 0) ** 2, "text": TEXT_TOKENS}
+
+    def example_sizes(self, denoiser: Denoiser) -> Mapping[str, int]:
+        config, found = denoiser.config, dict(self.tokens(denoiser))
         if config.addition_embed_type == "text_time":
             sizes = TIME_IDS * config.addition_time_embed_dim
             pooled = config.projection_class_embeddings_input_dim - sizes

@@ -24,7 +24,7 @@ from .common import (
     prompt_source,
     told_progress,
 )
-from .request_options import calibration_options, read_config
+from .request_options import calibration_options, component_option, read_config
 
 
 @click.command(
@@ -39,6 +39,7 @@ from .request_options import calibration_options, read_config
 @click.argument("model")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="New file.")
 @calibration_options
+@component_option
 @pipeline_config_option
 @device_option
 @dtype_option
@@ -64,7 +65,7 @@ def calibrate(context: click.Context, as_json: bool, **options: Any) -> None:
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"--output must lie in a folder that can be written to, got {output}.")
     check_calibration(options["calibration"])
-    prompts = prompt_source(options)
+    prompts, cache = prompt_source(options), not options["no_cache"]
     device = pick_device(options["device"])
     dtype = pick_dtype(options["dtype"], device)
     from ..pipeline import calibrate_job
@@ -74,8 +75,9 @@ def calibrate(context: click.Context, as_json: bool, **options: Any) -> None:
 
     pipe = load_pipeline(options["model"], dtype, device, options["pipeline_config"])
     job = prepare(
-        pipe, config, None, options["calibration"], prompts=prompts, cache=not options["no_cache"]
-    )
+        pipe, config, None, options["calibration"], prompts=prompts, cache=cache,
+        component=options["component"],
+    )  # fmt: skip
     stated = stated_bytes(job.layers, len(job.frame.division), traced=config.stage_count != "auto")
     values = {
         "output": str(output),

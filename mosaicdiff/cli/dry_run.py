@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from ..allocation.planning import PrunePlan
     from ..config import PruneConfig
+    from ..request import Job
     from ..statistics.prompts import PromptSource
     from ..trajectory.stages import Division
 
@@ -23,15 +24,38 @@ def dry_run(
     measured: Path | None,
     prompts: PromptSource,
     cache: bool,
+    component: str | None,
     as_json: bool,
 ) -> None:
-    """Print the plan where it is known before calibration, and what carrying it out takes."""
+    """Print the plan where it is known before calibration, and what carrying it out takes.
+
+    Of a pipeline with two denoisers one after the other, where none is chosen.
+    """
+    from ..request import prepare
+    from ..sources import find_denoisers
+
+    names = [part.name for part in find_denoisers(pipe)] if component is None else [component]
+    jobs = [
+        prepare(pipe, config, None, calibration, measured, prompts, component=name, cache=cache)
+        for name in names
+    ]
+    described = []
+    for job in jobs:
+        if len(jobs) > 1 and not as_json:
+            console().rule(str(job.component))
+        described.append(_describe(job, measured, as_json))
+    if as_json:
+        first = described[0] | {"config": config.to_dict()}
+        print_json(first | {"others": described[1:]} if len(jobs) > 1 else first)
+
+
+def _describe(job: Job, measured: Path | None, as_json: bool) -> dict[str, Any]:
+    """Return what is known of one denoiser's request, and print it where that is wanted."""
     from ..estimate import estimate_cost
     from ..packages.prune import in_packages, split_request
     from ..pipeline import plan_of
-    from ..request import prepare
 
-    job = prepare(pipe, config, None, calibration, measured, prompts, cache=cache)
+    config = job.config
     unit, by_share = config.budget.unit, config.allocation in ("score", "uniform", "explicit")
     known = by_share and unit == "sparsity"
     if measured is not None and config.allocation != "evolutionary":
@@ -57,9 +81,8 @@ def dry_run(
     if as_json:
         sparsity = None if final is None else final.sparsity
         values: dict[str, Any] = {"sparsity": sparsity, "budget": str(config.budget)}
-        values |= {"stages": rows, "packages": packages or None}
-        print_json(values | {"cost": cost, "config": config.to_dict()})
-        return
+        values |= {"stages": rows, "packages": packages or None, "component": job.component}
+        return values | {"cost": cost}
     if packages:
         console().print(
             f"{packages['count']} package{'s' if packages['count'] > 1 else ''} of at most "
@@ -82,7 +105,7 @@ def dry_run(
             highlight=False,
         )
     if cost is None or packages:
-        return
+        return {}
     console().print(
         f"memory for Hessians {human_bytes(cost['hessian_bytes'])} at once and "
         f"{human_bytes(cost['statistics_bytes'])} kept, for elimination "
@@ -90,6 +113,7 @@ def dry_run(
         f"(at {cost['rate'] / 1e9:.0f} GFLOP/s, measured)",
         highlight=False,
     )
+    return {}
 
 
 def _stage_rows(division: Division, steps: Sequence[int]) -> list[dict[str, Any]]:

@@ -17,7 +17,8 @@ def info(folder: Path, as_json: bool) -> None:
     """Print the stages and layers of a pruned FOLDER or single file; loads no weights."""
     import json
 
-    from ..checkpoint import REPORT, read_config
+    from ..checkpoint import REPORT
+    from ..checkpoint_load import read_config
     from ..report import report_from_dict
 
     if folder.suffix == ".safetensors" and folder.is_file():

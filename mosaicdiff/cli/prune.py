@@ -31,6 +31,7 @@ from .request_options import (
     allocation_options,
     budget_options,
     calibration_options,
+    component_option,
     package_options,
     read_config,
     search_options,
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     "--from", "measured", type=click.Path(path_type=Path),
     help="File that `mosaicdiff calibrate` wrote: the model is not run again.",
 )  # fmt: skip
+@component_option
 @package_options
 @pipeline_config_option
 @search_options
@@ -117,13 +119,13 @@ def prune(context: click.Context, as_json: bool, **options: Any) -> None:
         check_output_folder(output, options["overwrite"])
     calibration, measured = options["calibration"], options["measured"]
     check_calibration(calibration)
-    prompts = prompt_source(options)
+    prompts, cache = prompt_source(options), not options["no_cache"]
     pipe = load_pipeline(model, dtype, device, place)
     if in_one:
         _check_layout(model, pipe)
     if options["dry_run"] or output is None:
-        cache = not options["no_cache"]
-        dry_run(pipe, config, calibration, measured, prompts, cache, as_json)
+        component = options["component"]
+        dry_run(pipe, config, calibration, measured, prompts, cache, component, as_json)
         return
     search = options["search_state"]
     if config.allocation == "evolutionary" and search is None:
@@ -136,8 +138,8 @@ def prune(context: click.Context, as_json: bool, **options: Any) -> None:
     with told_progress(quiet=not world.is_first) as tell:
         result = run(
             pipe, config, calibration=calibration, measured=measured, prompts=prompts,
-            cache=not options["no_cache"], search_state=search, state=state, resume=resume,
-            progress=tell,
+            cache=cache, search_state=search, state=state, resume=resume, progress=tell,
+            component=options["component"],
         )  # fmt: skip
     if not world.is_first:
         return
@@ -162,15 +164,23 @@ def prune(context: click.Context, as_json: bool, **options: Any) -> None:
         sparse = to_semi_structured(result.denoiser)
     if as_json:
         values = report.to_dict() | {"output": str(output), "config": config.to_dict()}
+        values["others"] = [other.report.to_dict() for other in result.others]
         print_json(values | {"semi_structured": None if sparse is None else sparse.to_dict()})
         return
-    _print_report(report, config, output)
+    for part in (result, *result.others):
+        if result.others:
+            console().rule(str(part.component))
+        _print_report(part.report, config, output)
     if sparse is not None and sparse.gain is not None:
         console().print(
             f"as semi-structured sparse tensors a call takes {1 / sparse.gain:.3f} times as long "
             f"({len(sparse.skipped[0])} linears stayed dense)",
             highlight=False,
         )
+
+
+def _steps(report: PruneReport) -> int:
+    return sum(stage.steps for stage in report.stages)
 
 
 def _check_single_file(model: str, output: Path, overwrite: bool) -> None:
@@ -242,7 +252,7 @@ def _print_report(report: PruneReport, config: PruneConfig, output: Path) -> Non
         )
         return
     out.print(
-        f"sparsity {report.sparsity:.2%} of the prunable MACs over {config.steps} steps; "
+        f"sparsity {report.sparsity:.2%} of the prunable MACs over {_steps(report)} steps; "
         f"MACs a call {human_count(report.macs_dense_with_attention)} -> "
         f"{human_count(report.macs_with_attention)} "
         f"({report.macs_dense_with_attention / report.macs_with_attention:.3f}x fewer)\n"

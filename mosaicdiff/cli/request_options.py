@@ -95,6 +95,12 @@ budget_options = _options(
 )
 
 
+component_option = click.option(
+    "--component",
+    help="Of a pipeline with two denoisers (Wan 2.2): transformer or transformer_2.",
+)
+
+
 calibration_options = _options(
     click.option(
         "--stages",

@@ -139,7 +139,8 @@ def _read_model(model: str, place: str | None) -> tuple[Any, Any, Any]:
     """Return a model's scheduler, its latents where it carries its own data, and its denoiser."""
     import torch
 
-    from ..sources import DIGITS, find_denoiser, load_calibration, load_pipeline
+    from ..inputs.load import load_calibration
+    from ..sources import DIGITS, find_denoiser, load_pipeline
 
     pipe = load_pipeline(model, config=place)
     latents = None

@@ -35,8 +35,16 @@ def joined(parts: Sequence[Part], conditions: Sequence[Condition]) -> dict[str, 
         found[name] = torch.cat([_padded(own[name], lengths) for own, _ in filled])
         if condition.null and all(name in null for _, null in filled):
             value = torch.cat([_padded(null[name], lengths) for _, null in filled])
-            found[condition.negative] = value[:1] if bool((value == value[:1]).all()) else value
+            found[condition.negative] = value[:1] if _alike(value) else value
     return found
+
+
+def _alike(value: torch.Tensor) -> bool:
+    """Tell whether all rows are the first one, but for rounding, which may differ by row."""
+    if not value.is_floating_point():
+        return bool((value == value[:1]).all())
+    rounding = 16 * torch.finfo(value.dtype).eps * float(value[:1].abs().max())
+    return all(float((row - value[0]).abs().max()) <= rounding for row in value)
 
 
 def _filled(part: Part, parts: Sequence[Part], conditions: Sequence[Condition]) -> Part:

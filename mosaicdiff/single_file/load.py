@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ..checkpoint import assemble, check_config
+from ..checkpoint_load import assemble, check_config
 from ..runtime import StagedDenoiser
 from .plan import read_plan, unpack_kept
 

@@ -15,6 +15,7 @@ from torch import nn
 from ..batch_errors import in_batch
 from ..distributed import World
 from ..groups import Denoiser
+from ..runtime import time_scale
 from ..trajectory.clock import StageClock
 from ..trajectory.weights import step_weights
 from .bank import BankSnapshot, HessianBank
@@ -164,7 +165,9 @@ def sample_statistics(
     kept: dict[str, Batch] = {}  # by number: processes exchange them
     snapshot: list[BankSnapshot] | None = None
     with ExitStack() as stack:
-        clock = _SamplerClock(job.frame.division)
+        clock = _SamplerClock(
+            job.frame.division, time_scale(job.adapter, job.denoiser.config)
+        )  # fmt: skip
         stack.enter_context(_quiet(pipeline))
         stack.enter_context(_following(job, clock))
         stack.enter_context(_standing_in(job, network))

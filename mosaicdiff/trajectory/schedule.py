@@ -146,8 +146,24 @@ class NoiseSchedule:
         """lambda where none is given."""
         return FLOW_SNR_WEIGHT if self.flow else SNR_WEIGHT
 
+    def expected_gain(self, power: float | None = None) -> np.ndarray:
+        """What the score is made of: E[Grad(t)], of flow matching by unit of -ln SNR, (T,).
+
+        The train timesteps of a flow are a numbering of sigma, evenly or shifted, and say nothing
+        of how fast the picture comes: by timestep, E[Grad] = (1 + P) d sigma^2 has its largest
+        value at sigma 1 without a shift and at 0.5 with a shift of 3, of the same model. By
+        -ln SNR, which is what a stage is kept by, it is (1 + P) sigma^2 (1 - sigma) whatever
+        the shift, and has its largest value at sigma 2/3.
+        """
+        gradient = self.expected_gradient(power)
+        if not self.flow:
+            return gradient
+        with np.errstate(divide="ignore"):
+            ratio = 2 * (np.log(self.noise) - np.log(self.signal))
+            return gradient / np.diff(ratio, prepend=-np.inf)  # infinite at both ends: no gain
+
     def score(self, power: float | None = None, snr_weight: float | None = None) -> np.ndarray:
-        """score(t) = E[Grad(t)] / max E[Grad] + lambda ln SNR(t), (T,).
+        """score(t) = E[Grad(t)] / max E[Grad] + lambda ln SNR(t), (T,); see `expected_gain`.
 
         Args:
             power: P, the mean square of the clean latents; the usual one by default.
@@ -155,8 +171,8 @@ class NoiseSchedule:
         """
         if snr_weight is None:
             snr_weight = self.usual_snr_weight
-        gradient = self.expected_gradient(power)
-        return gradient / gradient.max() + snr_weight * self.log_snr
+        gain = self.expected_gain(power)
+        return gain / gain.max() + snr_weight * self.log_snr
 
 
 def log_snr(signal: np.ndarray, noise: np.ndarray) -> np.ndarray:

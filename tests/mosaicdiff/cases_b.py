@@ -1,7 +1,7 @@
-"""Tiny denoisers with attention to the text apart: PixArt, U-Nets."""
+"""Tiny denoisers with attention to the text apart: PixArt, U-Nets, Wan, Sana, LTX."""
 
 import torch
-from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
+from diffusers import PixArtTransformer2DModel, UNet2DConditionModel, WanTransformer3DModel
 
 TEXT = 5
 
@@ -87,3 +87,36 @@ def sdxl_batch():
     latents, timesteps, inputs = unet_batch()
     ids = torch.tensor([[64.0, 64, 0, 0, 64, 64], [64, 48, 0, 8, 64, 64]])
     return latents, timesteps, inputs | {"text_embeds": _random(2, 7), "time_ids": ids}
+
+
+def tiny_wan(**options):
+    """Wan 2.1 from text; heads of 12, for the axes of time, height and width."""
+    torch.manual_seed(25)
+    model = WanTransformer3DModel(
+        **{
+            "num_attention_heads": 3, "attention_head_dim": 12, "in_channels": 2,
+            "out_channels": 2, "text_dim": 10, "freq_dim": 8, "ffn_dim": 15, "num_layers": 2,
+            "rope_max_seq_len": 64,
+        } | options
+    )  # fmt: skip
+    model = _louder(model, "scale_shift_table", "to_out.0.weight", "to_out.0.bias", "net.2.weight")
+    return _louder(model, "norm_q", "norm_k", "norm_added_k", std=1.0)
+
+
+def tiny_wan_picture(**options):
+    """Wan 2.1 from a picture: its encoding is attended to, its latents come beside."""
+    return tiny_wan(**{"in_channels": 5, "image_dim": 6, "added_kv_proj_dim": 36} | options)
+
+
+def wan_batch():
+    inputs = {"encoder_hidden_states": _random(2, TEXT, 10)}
+    return _random(2, 2, 3, 4, 4), torch.tensor([640.0, 640.0]), inputs
+
+
+def wan_picture_batch():
+    inputs = {
+        "encoder_hidden_states": _random(2, 512, 10),
+        "encoder_hidden_states_image": _random(2, 3, 6),
+        "beside": _random(2, 3, 3, 4, 4),
+    }
+    return _random(2, 2, 3, 4, 4), torch.tensor([640.0, 640.0]), inputs

@@ -31,4 +31,9 @@ CASES: dict[str, FamilyCase] = {
     "pixart-sigma": FamilyCase(cases_b.tiny_pixart, cases_b.pixart_batch),
     "sd1.5": FamilyCase(cases_b.tiny_unet, cases_b.unet_batch),
     "sdxl": FamilyCase(cases_b.tiny_sdxl, cases_b.sdxl_batch),
+    # Norms across heads: their projections stay whole, values do not.
+    "wan": FamilyCase(cases_b.tiny_wan, cases_b.wan_batch, fuses="cannot be fused"),
+    "wan-picture": FamilyCase(
+        cases_b.tiny_wan_picture, cases_b.wan_picture_batch, fuses="cannot be fused"
+    ),
 }

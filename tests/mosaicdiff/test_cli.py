@@ -246,15 +246,15 @@ def test_an_output_that_holds_files_is_kept(tmp_path):
 def test_a_scheduler_without_snr_is_refused(tmp_path):
     import shutil
 
-    from diffusers import FlowMatchEulerDiscreteScheduler
+    from diffusers import IPNDMScheduler
 
     from mosaicdiff.digits import MODEL_FOLDER
 
     folder = tmp_path / "flow"
     shutil.copytree(MODEL_FOLDER, folder)
-    FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
+    IPNDMScheduler().save_pretrained(folder / "scheduler")
     index = json.loads((folder / "model_index.json").read_text())
-    index["scheduler"][1] = "FlowMatchEulerDiscreteScheduler"
+    index["scheduler"][1] = "IPNDMScheduler"
     (folder / "model_index.json").write_text(json.dumps(index))
     result = run("prune", folder, "--output", tmp_path / "out")
     assert result.exit_code == 2, result.output

@@ -7,7 +7,8 @@ import mosaicdiff
 from mosaicdiff import digits
 from mosaicdiff.evaluate import DigitsJudge, compare, sample_images
 from mosaicdiff.evaluate.sampling import balanced_labels
-from mosaicdiff.sources import load_calibration, load_pipeline
+from mosaicdiff.inputs.load import load_calibration
+from mosaicdiff.sources import load_pipeline
 
 
 def test_the_weights_are_small_and_half_precision():

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers import IPNDMScheduler, UNet2DModel
 
 import mosaicdiff
 from mosaicdiff import PruneConfig
@@ -155,7 +155,7 @@ def test_pruned_twice_is_refused(staged_pipe, batches):
         (tiny_denoiser, {"calibration": "folder"}, "calibration must be batches"),
         (
             tiny_denoiser,
-            {"scheduler": FlowMatchEulerDiscreteScheduler()},
+            {"scheduler": IPNDMScheduler()},
             "must be variance preserving",
         ),
         (tiny_denoiser, {"calibration": []}, "at least one sample"),

@@ -12,7 +12,7 @@ import mosaicdiff
 from mosaicdiff import PruneConfig, StagedDenoiser
 from mosaicdiff.adapters import adapter_for
 from mosaicdiff.allocation.planning import make_frame
-from mosaicdiff.sources import load_calibration
+from mosaicdiff.inputs.load import load_calibration
 from mosaicdiff.statistics.capture import capture_inputs
 from mosaicdiff.statistics.noising import CalibrationSet, draw_noisy
 
@@ -348,8 +348,9 @@ def test_what_says_nothing_of_prompts_is_refused(tmp_path):
     np.savez(tmp_path / "l.npz", latents=np.zeros((1, 2, 8, 8)), labels=np.zeros(1, dtype=int))
     with pytest.raises(ValueError, match="must hold 'latents' and 'encoder_hidden_states'"):
         load_calibration(tmp_path / "l.npz", pipeline)
-    with pytest.raises(ValueError, match="images alone do not say"):
-        load_calibration(tmp_path, pipeline)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="must hold images .* with captions, or"):
+        load_calibration(tmp_path / "empty", pipeline)
     with pytest.raises(ValueError, match="latents and encoder_hidden_states and pooled"):
         load_calibration(None, pipeline)
 
