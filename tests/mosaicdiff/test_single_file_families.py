@@ -8,7 +8,14 @@ from safetensors.torch import load_file
 from mosaicdiff import load_single_file, save_single_file
 
 from .family_cases import CASES
-from .single_files import flux_tensors, sd3_tensors, unet_tensors, with_width, write_single_file
+from .single_files import (
+    flux_tensors,
+    sd3_tensors,
+    unet_tensors,
+    wan_tensors,
+    with_width,
+    write_single_file,
+)
 from .test_families import call, staged_of, uneven
 
 WRITERS = {
@@ -18,6 +25,8 @@ WRITERS = {
     "flux-schnell": flux_tensors,
     "sd1.5": lambda state: unet_tensors(state, layers=1),
     "sdxl": lambda state: unet_tensors(state, layers=1),
+    "wan": wan_tensors,
+    "wan-picture": wan_tensors,
 }
 
 
