@@ -70,7 +70,7 @@ class Surgeon:
                     module, _, leaf = piece.parameter.rpartition(".")
                     tensors[module][leaf] = self._parameter(dense, piece, states)
             for writer in layer.writers:
-                if writer.whole and not _projects(dense, writer.module):
+                if writer.whole and stand_in is None and not _projects(dense, writer.module):
                     leading[writer.module] = len(state.kept) * layer.width
         for module, held in tensors.items():
             builder.replace(module, resized(dense.get_submodule(module), held))
