@@ -19,6 +19,7 @@ from .captions import Captioned
 from .encoding import batch_rows, encode_pixels
 from .images import check_images, read_image, read_video
 from .recorder import Recorded, record_conditions
+from .resting import encoders_at_rest
 
 
 @dataclass(frozen=True)
@@ -92,20 +93,23 @@ def _encoded(paths: Sequence[Path], captions: Sequence[str], how: TextInputs) ->
     size = recorded.size
     frames, height, width = size.get("num_frames", 1), size["height"], size["width"]
     count = batch_rows(frames, height, width)
-    for start in range(0, len(paths), count):
-        pixels = torch.stack(
-            [_pixels(how.pipe, path, size) for path in paths[start : start + count]]
+    with encoders_at_rest(how.pipe):
+        for start in range(0, len(paths), count):
+            pixels = [_pixels(how.pipe, path, size) for path in paths[start : start + count]]
+            parts = halving(lambda rows: encode_pixels(how.pipe, rows), torch.stack(pixels), count)
+            latents = torch.cat(list(parts))
+            _check_shape(tuple(latents.shape[1:]), recorded)
+            yield latents, _rows_of(recorded, distinct, captions[start : start + count])
+
+
+def _check_shape(found: tuple[int, ...], recorded: Recorded) -> None:
+    if found != recorded.latent_shape:
+        asked = " x ".join(str(size) for size in recorded.size.values())
+        raise ValueError(
+            "calibration: images must give latents as the pipeline prepares them, "
+            f"{recorded.latent_shape} for {asked}, got {found}. Choose a size that its VAE and "
+            "patches divide, or give latents in files."
         )
-        parts = list(halving(lambda rows: encode_pixels(how.pipe, rows), pixels, count))
-        latents = torch.cat(parts)
-        if tuple(latents.shape[1:]) != recorded.latent_shape:
-            raise ValueError(
-                f"calibration: images must give latents as the pipeline prepares them, "
-                f"{recorded.latent_shape} for {height} x {width}, got {tuple(latents.shape[1:])}. "
-                "Choose a height and width that its VAE and patches divide, or give latents in "
-                "files."
-            )
-        yield latents, _rows_of(recorded, distinct, captions[start : start + count])
 
 
 def _pixels(pipe: Any, path: Path, size: Mapping[str, int]) -> torch.Tensor:
