@@ -13,7 +13,7 @@ from .adapters import Adapter, adapter_for
 from .allocation.costs import CostModel, layer_sizes
 from .allocation.planning import Frame, effort_bounds, make_frame, share_plan
 from .config import PruneConfig
-from .groups import Denoiser, PrunableLayer
+from .groups import Denoiser, Macs, PrunableLayer
 from .inputs.asked import CalibrationSource, read_asked, read_data, with_batch
 from .patterns import check_patterns, is_chosen
 from .runtime import StagedDenoiser
@@ -143,8 +143,9 @@ def prepare(
     check_patterns(names, config.include, "include")
     check_patterns(names, config.exclude, "exclude")
     _check_ways(layers, adapter, config)
+    macs = adapter.macs(denoiser)  # it takes a while of a large denoiser
     unmeasured = make_frame(scheduler, config, None, sampling, part.span)
-    _check_reach(layers, unmeasured, config, denoiser, adapter)
+    _check_reach(layers, unmeasured, config, denoiser, adapter, macs)
     if measured is not None:
         if config.removes_weights:
             raise ValueError(
@@ -166,7 +167,7 @@ def prepare(
         adapter.null_inputs(denoiser, first, torch.ones(1, dtype=torch.bool))
     power = measured.power if measured is not None else data.power if data is not None else None
     frame = make_frame(scheduler, config, power, sampling, part.span)
-    costs = _check_reach(layers, frame, config, denoiser, adapter)
+    costs = _check_reach(layers, frame, config, denoiser, adapter, macs)
     config = with_batch(config, adapter, denoiser, frame, data)
     return Job(
         denoiser, adapter, scheduler, layers, frame, config, costs, data, measured, pipeline,
@@ -255,6 +256,7 @@ def _check_reach(
     config: PruneConfig,
     denoiser: Denoiser,
     adapter: Adapter,
+    macs: Macs,
 ) -> CostModel:
     """Refuse a budget that even removing all that may go does not meet."""
     parameter = next(denoiser.parameters())
@@ -262,7 +264,7 @@ def _check_reach(
         layers,
         frame.steps,
         layer_sizes(denoiser, layers),
-        adapter.macs(denoiser),
+        macs,
         sum(p.numel() for p in denoiser.parameters()),
         parameter.element_size(),
         file_overhead=file_overhead(denoiser, len(frame.steps)),
