@@ -69,7 +69,7 @@ class Surgeon:
                 if piece.name in state.parts:
                     module, _, leaf = piece.parameter.rpartition(".")
                     tensors[module][leaf] = self._parameter(dense, piece, states)
-            for writer in layer.writers:
+            for writer in layer.writers if stand_in is None else ():
                 if writer.whole and not _projects(dense, writer.module):
                     leading[writer.module] = len(state.kept) * layer.width
         for module, held in tensors.items():

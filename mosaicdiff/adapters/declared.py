@@ -134,7 +134,8 @@ class Family(Adapter):
         for condition in self.conditions:
             if condition.name in inputs and condition.taken(denoiser):
                 value = inputs[condition.name]
-                if value.is_floating_point() and not condition.per_call:  # positions stay exact
+                # What is the same for all rows are positions and numbers, which stay exact.
+                if not condition.per_call and value.is_floating_point():
                     value = value.to(latents.dtype)
                 condition.put(found, value)
         return found
@@ -150,7 +151,11 @@ class Family(Adapter):
             dtype = next(denoiser.parameters()).dtype
             latents = torch.zeros(1, *self.latent_shape(denoiser), device=device, dtype=dtype)
             timesteps = torch.zeros(1, device=device)
-            self.predict(copy, latents, timesteps, self.example_inputs(copy, 1, device))
+            inputs = self.example_inputs(copy, 1, device)
+            for condition in self.conditions_for(copy):  # nothing can be read on that device
+                if condition.number is not None and condition.name in inputs:
+                    inputs[condition.name] = condition.number(condition.example)
+            self.predict(copy, latents, timesteps, inputs)
 
         return count_macs(denoiser, call)
 

@@ -13,7 +13,7 @@ from .declared import Family
 from .family import Blocks, Heads, Neurons
 from .inputs import Condition
 from .joint import joint_stand_in
-from .single import NoHeads, check_positions
+from .single import NoHeads, check_channels, check_positions, one_grid
 
 #: Tokens of an image of 1024x1024 pixels: 8 pixels a latent, 2x2 latents a token.
 IMAGE_TOKENS = 4096
@@ -56,6 +56,7 @@ class FluxAdapter(Family):
     joint = True
     sigma_scale = 1.0
     passes_sigmas = True
+    any_size = True
     conditions = (
         Condition("encoder_hidden_states", ("text", "joint_attention_dim")),
         Condition("pooled_projections", ("pooled_projection_dim",)),
@@ -103,6 +104,10 @@ class FluxAdapter(Family):
     def __init__(self, text_tokens: int = TEXT_TOKENS) -> None:
         self.text_tokens = text_tokens
 
+    def check(self, denoiser: Denoiser) -> None:
+        check_channels(denoiser)
+        super().check(denoiser)
+
     def tokens(self, denoiser: Denoiser) -> Mapping[str, int]:
         return {"image": IMAGE_TOKENS, "text": self.text_tokens}
 
@@ -114,6 +119,9 @@ class FluxAdapter(Family):
     ) -> None:
         super().check_inputs(denoiser, latents, inputs)
         check_positions(latents, inputs["img_ids"])
+
+    def conditions_of(self, arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        return super().conditions_of(one_grid(arguments))
 
     def given_timesteps(
         self, denoiser: Denoiser, timesteps: torch.Tensor, latents: torch.Tensor

@@ -77,22 +77,24 @@ class Condition:
             value = value.get(part) if isinstance(value, Mapping) else None
         return value
 
-    def put(self, arguments: dict[str, Any], value: torch.Tensor) -> None:
-        """Put a batch's value into the arguments of a call."""
+    def put(self, arguments: dict[str, Any], value: torch.Tensor | float) -> None:
+        """Put a batch's value, or a plain number, into the arguments of a call."""
         *path, leaf = self.argument.split(".")
         for part in path:
             arguments = arguments.setdefault(part, {})
-        if self.per_call:
+        if self.per_call and torch.is_tensor(value):
             arguments[leaf] = value[0] if self.number is None else self.number(value[0].item())
         else:
             arguments[leaf] = value
 
     def rows(self, value: Any, count: int) -> torch.Tensor:
         """Return a value of a call with a row for each of its samples."""
+        tensor = value if torch.is_tensor(value) else torch.tensor(value)
         if self.per_call:
-            tensor = value if torch.is_tensor(value) else torch.tensor(value)
-            return tensor.detach().unsqueeze(0).expand(count, *tensor.shape).cpu()
-        return value.detach().cpu()
+            tensor = tensor.unsqueeze(0).expand(count, *tensor.shape)
+        if self.whole_numbers and tensor.is_floating_point():  # a mask may be in the latents' type
+            tensor = tensor.long()
+        return tensor.detach().cpu()
 
 
 def check_conditions(

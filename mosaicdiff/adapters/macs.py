@@ -6,14 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..groups import Denoiser, Macs
 from ..pack import meta_copy
 
-#: Products of a layer's weights; what is left are products of activations: attention.
-_WEIGHT_PRODUCTS = ("mm", "addmm", "convolution", "_scaled_mm")
+#: Modules whose products are of weights; what is left are products of activations: attention.
+#: The operators do not tell: of a slice of tokens a linear is a batched product, as attention is.
+_WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def count_macs(denoiser: Denoiser, call: Callable[[Denoiser, torch.device], Any]) -> Macs:
@@ -31,6 +33,8 @@ def count_macs(denoiser: Denoiser, call: Callable[[Denoiser, torch.device], Any]
         copy = meta_copy(denoiser)
         with FlopCounterMode(display=False) as counter:
             call(copy, torch.device("meta"))
-    counts = counter.get_flop_counts().get("Global", {})
-    linear = sum(n for op, n in counts.items() if op.__name__ in _WEIGHT_PRODUCTS)
-    return Macs(linear // 2, (sum(counts.values()) - linear) // 2)
+    counts = counter.get_flop_counts()
+    root = type(copy).__name__
+    weighted = [f"{root}.{n}" for n, m in copy.named_modules() if isinstance(m, _WEIGHTED)]
+    linear = sum(sum(counts[name].values()) for name in weighted if name in counts)
+    return Macs(linear // 2, (sum(counts.get("Global", {}).values()) - linear) // 2)

@@ -19,7 +19,7 @@ LOG_SNR_LIMIT = 14.0
 
 #: M and lambda where none are given.
 THRESHOLD, SNR_WEIGHT = 0.55, 0.01
-FLOW_THRESHOLD, FLOW_SNR_WEIGHT = 0.55, 0.01
+FLOW_THRESHOLD, FLOW_SNR_WEIGHT = 0.55, 0.05
 
 NAMED_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "flow")
 

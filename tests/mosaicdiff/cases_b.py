@@ -1,7 +1,13 @@
 """Tiny denoisers with attention to the text apart: PixArt, U-Nets, Wan, Sana, LTX."""
 
 import torch
-from diffusers import PixArtTransformer2DModel, UNet2DConditionModel, WanTransformer3DModel
+from diffusers import (
+    LTXVideoTransformer3DModel,
+    PixArtTransformer2DModel,
+    SanaTransformer2DModel,
+    UNet2DConditionModel,
+    WanTransformer3DModel,
+)
 
 TEXT = 5
 
@@ -120,3 +126,53 @@ def wan_picture_batch():
         "beside": _random(2, 3, 3, 4, 4),
     }
     return _random(2, 2, 3, 4, 4), torch.tensor([640.0, 640.0]), inputs
+
+
+def tiny_sana(**options):
+    """Sana; 1.5 is `qk_norm="rms_norm_across_heads"`. The two attentions have other heads."""
+    torch.manual_seed(26)
+    model = SanaTransformer2DModel(
+        **{
+            "num_attention_heads": 4, "attention_head_dim": 6, "num_cross_attention_heads": 3,
+            "cross_attention_head_dim": 8, "cross_attention_dim": 24, "caption_channels": 10,
+            "in_channels": 2, "out_channels": 2, "num_layers": 2, "sample_size": 6,
+            "mlp_ratio": 0.625, "timestep_scale": 0.5,
+        } | options
+    )  # fmt: skip
+    return _louder(
+        model, "scale_shift_table", "to_out.0.weight", "to_out.0.bias", "conv_", ".norm_q.",
+        ".norm_k.",
+    )  # fmt: skip
+
+
+def sana_batch():
+    mask = torch.ones(2, TEXT, dtype=torch.long)
+    mask[1, 3:] = 0
+    inputs = {"encoder_hidden_states": _random(2, TEXT, 10), "encoder_attention_mask": mask}
+    return _random(2, 2, 6, 6), torch.tensor([640.0, 640.0]), inputs
+
+
+def tiny_ltx(**options):
+    """LTX-Video; one channel of its rotary table is padding, as 32 is no multiple of 6."""
+    torch.manual_seed(27)
+    model = LTXVideoTransformer3DModel(
+        **{
+            "num_attention_heads": 4, "attention_head_dim": 8, "cross_attention_dim": 32,
+            "caption_channels": 10, "in_channels": 3, "out_channels": 3, "num_layers": 2,
+        } | options
+    )  # fmt: skip
+    model = _louder(model, "scale_shift_table", "to_out.0.weight", "to_out.0.bias", "net.2.weight")
+    return _louder(model, "norm_q", "norm_k", std=1.0)
+
+
+def ltx_batch():
+    mask = torch.ones(2, TEXT, dtype=torch.long)
+    mask[1, 3:] = 0
+    sizes = zip(("num_frames", "height", "width"), (2, 3, 4), strict=True)
+    inputs = {
+        "encoder_hidden_states": _random(2, TEXT, 10),
+        "encoder_attention_mask": mask,
+        **{name: torch.tensor([size, size]) for name, size in sizes},
+        "rope_interpolation_scale": torch.tensor([[0.32, 32.0, 32.0]]).expand(2, 3),
+    }
+    return _random(2, 24, 3), torch.tensor([640.0, 640.0]), inputs

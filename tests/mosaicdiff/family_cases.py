@@ -31,6 +31,11 @@ CASES: dict[str, FamilyCase] = {
     "pixart-sigma": FamilyCase(cases_b.tiny_pixart, cases_b.pixart_batch),
     "sd1.5": FamilyCase(cases_b.tiny_unet, cases_b.unet_batch),
     "sdxl": FamilyCase(cases_b.tiny_sdxl, cases_b.sdxl_batch),
+    "sana": FamilyCase(cases_b.tiny_sana, cases_b.sana_batch),
+    "sana1.5": FamilyCase(
+        lambda: cases_b.tiny_sana(qk_norm="rms_norm_across_heads"), cases_b.sana_batch
+    ),
+    "ltx": FamilyCase(cases_b.tiny_ltx, cases_b.ltx_batch),
     # Norms across heads: their projections stay whole, values do not.
     "wan": FamilyCase(cases_b.tiny_wan, cases_b.wan_batch, fuses="cannot be fused"),
     "wan-picture": FamilyCase(

@@ -1,7 +1,9 @@
 """What every family owes: cut layers are zeroed layers, and all that follows from it."""
 
 import copy
+from contextlib import contextmanager
 from dataclasses import replace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -31,8 +33,27 @@ def uneven(model, drop=()):
 def call(model, case, dtype=torch.float64):
     latents, timesteps, inputs = case.batch()
     adapter = getattr(model, "adapter", None) or adapter_for(model)
-    with torch.no_grad():
+    with torch.no_grad(), _in_double(dtype):
         return adapter.predict(model, latents.to(dtype), timesteps, inputs)
+
+
+@contextmanager
+def _in_double(dtype):
+    """Keep in float64 what a model computes in float32, whatever it is given."""
+    if dtype != torch.float64:
+        yield
+        return
+    to = torch.Tensor.to
+
+    def wide(tensor, *args, **kwargs):
+        narrows = tensor.dtype == torch.float64 and torch.float32 in args
+        return tensor if narrows else to(tensor, *args, **kwargs)
+
+    def same(tensor):
+        return wide(tensor, torch.float32)
+
+    with patch.object(torch.Tensor, "float", same), patch.object(torch.Tensor, "to", wide):
+        yield
 
 
 def _fused(model):

@@ -6,6 +6,7 @@ words as a real one is; each samples a few steps in well under two seconds.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,13 +105,15 @@ class TinyPipeline:
         make: the whole pipeline, given a folder for its vocabularies.
         schedulers: two or more that suit it; the first is the pipeline's own.
         options: of its call, for a quick picture.
-        component: where the denoiser is.
+        denoiser_class: of the denoiser.
+        component: where it is.
         frames: whether it draws videos, whose pictures are called frames.
     """
 
     make: Callable[[Path], DiffusionPipeline]
     schedulers: tuple[Scheduler, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
+    denoiser_class: str = ""
     component: str = "transformer"
     frames: bool = False
 
@@ -348,32 +351,46 @@ _VIDEO = {"height": 16, "width": 16, "num_frames": 5, "max_sequence_length": 8}
 
 #: Every family that is made here, by a short name.
 PIPELINES: dict[str, TinyPipeline] = {
-    "sd15": TinyPipeline(sd15, (ddim, euler), component="unet"),
-    "sdxl": TinyPipeline(sdxl, (euler, ddim), component="unet"),
-    "sd3": TinyPipeline(sd3, (flow_euler, flow_heun), {"max_sequence_length": 8}),
-    "flux": TinyPipeline(flux, (flow_dynamic, flow_unipc), {**_SMALL, "max_sequence_length": 8}),
-    "pixart-alpha": TinyPipeline(
-        _pixart(PixArtAlphaPipeline, True), (dpm, ddim), {**_SMALL, **_CLEAN}
+    "sd15": TinyPipeline(sd15, (ddim, euler), {}, "UNet2DConditionModel", "unet"),
+    "sdxl": TinyPipeline(sdxl, (euler, ddim), {}, "UNet2DConditionModel", "unet"),
+    "sd3": TinyPipeline(
+        sd3, (flow_euler, flow_heun), {"max_sequence_length": 8}, "SD3Transformer2DModel"
     ),
-    "pixart-sigma": TinyPipeline(_pixart(PixArtSigmaPipeline, False), (dpm, ddim), _CLEAN),
+    "flux": TinyPipeline(
+        flux, (flow_dynamic, flow_unipc), {**_SMALL, "max_sequence_length": 8},
+        "FluxTransformer2DModel",
+    ),
+    "pixart-alpha": TinyPipeline(
+        _pixart(PixArtAlphaPipeline, True), (dpm, ddim), {**_SMALL, **_CLEAN},
+        "PixArtTransformer2DModel",
+    ),
+    "pixart-sigma": TinyPipeline(
+        _pixart(PixArtSigmaPipeline, False), (dpm, ddim), _CLEAN, "PixArtTransformer2DModel"
+    ),
     "sana": TinyPipeline(
         sana,
         (flow_dpm, flow_euler),
         {**_CLEAN, "height": 32, "width": 32, "complex_human_instruction": None},
+        "SanaTransformer2DModel",
     ),
     "qwen-image": TinyPipeline(
         qwen_image,
         (flow_dynamic, flow_euler),
         {**_SMALL, "max_sequence_length": 8, "negative_prompt": "b", "true_cfg_scale": 3.0},
+        "QwenImageTransformer2DModel",
     ),
-    "wan": TinyPipeline(whole_wan, (flow_unipc, flow_euler), _VIDEO, frames=True),
+    "wan": TinyPipeline(
+        whole_wan, (flow_unipc, flow_euler), _VIDEO, "WanTransformer3DModel", frames=True
+    ),
     "wan-2": TinyPipeline(
-        lambda folder: whole_wan(folder, two=True), (flow_unipc, flow_euler), _VIDEO, frames=True
+        functools.partial(whole_wan, two=True), (flow_unipc, flow_euler), _VIDEO,
+        "WanTransformer3DModel", frames=True,
     ),
     "ltx": TinyPipeline(
-        whole_ltx, (flow_euler, flow_dynamic), {**_VIDEO, "height": 32, "width": 32}, frames=True
+        whole_ltx, (flow_euler, flow_dynamic), {**_VIDEO, "height": 32, "width": 32},
+        "LTXVideoTransformer3DModel", frames=True,
     ),
-}
+}  # fmt: skip
 
 __all__ = [
     "PIPELINES",
