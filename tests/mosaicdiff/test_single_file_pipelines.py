@@ -147,6 +147,17 @@ def test_mistakes_are_refused_before_any_work(tiny_sd3_folder, place, tmp_path):
     refused("a folder or a .safetensors, but there is none", "info", tmp_path / "no.safetensors")
 
 
+def test_one_file_for_two_denoisers_is_refused(tmp_path):
+    pipe = PIPELINES["wan-2"].whole(tmp_path / "words")
+    pipe.save_pretrained(tmp_path / "folder")
+    source = write_single_file(
+        tmp_path / "high.safetensors", wan_tensors(pipe.transformer.state_dict()), others=False
+    )
+    refused("must name a new folder for a pipeline with 2 denoisers", "prune", source,
+            "--pipeline-config", tmp_path / "folder", "--output", tmp_path / "out.safetensors",
+            "--calibration", source)  # fmt: skip
+
+
 def test_a_file_of_another_model_is_refused(place, tmp_path, tiny):
     held = load_file(place / "whole.safetensors")
     name = "model.diffusion_model.joint_blocks.1.x_block.mlp.fc1.weight"
