@@ -87,7 +87,7 @@ def test_cut_and_read_back_is_the_same(case, tmp_path, stages, refit):
 
 
 def test_what_diffusers_does_not_convert_is_refused(tmp_path):
-    """diffusers leaves the norms of Sana 1.5 in the file; from_single_file cannot read it either."""
+    """diffusers leaves the norms of Sana 1.5 in the file, for itself too."""
     dense = CASES["sana1.5"].make()
     source = write_single_file(tmp_path / "dense.safetensors", sana_tensors(dense.state_dict()))
     with pytest.raises(ValueError, match="must hold .*norm_q.weight.*is pruned as a folder"):
