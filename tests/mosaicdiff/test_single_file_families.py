@@ -18,6 +18,7 @@ from .single_files import (
     with_width,
     write_single_file,
 )
+from .single_files_joint import flux2_tensors, hunyuan_tensors
 from .test_families import call, staged_of, uneven
 
 WRITERS = {
@@ -29,6 +30,9 @@ WRITERS = {
     "sdxl": lambda state: unet_tensors(state, layers=1),
     "wan": wan_tensors,
     "wan-picture": wan_tensors,
+    "flux.2": flux2_tensors,
+    "hunyuan-video": hunyuan_tensors,
+    "qwen-image": dict,
     "sana": sana_tensors,
     "ltx": ltx_tensors,
 }
@@ -36,9 +40,10 @@ WRITERS = {
 
 @pytest.fixture(params=WRITERS)
 def case(request, monkeypatch):
-    if request.param.startswith("flux"):
-        entry = SINGLE_FILE_LOADABLE_CLASSES["FluxTransformer2DModel"]
-        width = CASES[request.param].make().inner_dim
+    if request.param in ("flux", "flux-schnell", "hunyuan-video"):
+        model = CASES[request.param].make()
+        entry = SINGLE_FILE_LOADABLE_CLASSES[type(model).__name__]
+        width = model.single_transformer_blocks[0].attn.to_q.in_features
         monkeypatch.setitem(
             entry, "checkpoint_mapping_fn", with_width(entry["checkpoint_mapping_fn"], width)
         )
