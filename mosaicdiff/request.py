@@ -13,9 +13,9 @@ from .adapters import Adapter, adapter_for
 from .allocation.costs import CostModel, layer_sizes
 from .allocation.planning import Frame, effort_bounds, make_frame, share_plan
 from .config import PruneConfig
-from .groups import Denoiser, PrunableLayer
+from .groups import Denoiser, Macs, PrunableLayer
 from .inputs.asked import CalibrationSource, read_asked, read_data, with_batch
-from .patterns import check_patterns
+from .patterns import check_patterns, is_chosen
 from .runtime import StagedDenoiser
 from .sources import (
     DIGITS,
@@ -142,8 +142,10 @@ def prepare(
         names = [layer.name for layer in layers]
     check_patterns(names, config.include, "include")
     check_patterns(names, config.exclude, "exclude")
+    _check_ways(layers, adapter, config)
+    macs = adapter.macs(denoiser)  # it takes a while of a large denoiser
     unmeasured = make_frame(scheduler, config, None, sampling, part.span)
-    _check_reach(layers, unmeasured, config, denoiser, adapter)
+    _check_reach(layers, unmeasured, config, denoiser, adapter, macs)
     if measured is not None:
         if config.removes_weights:
             raise ValueError(
@@ -165,7 +167,7 @@ def prepare(
         adapter.null_inputs(denoiser, first, torch.ones(1, dtype=torch.bool))
     power = measured.power if measured is not None else data.power if data is not None else None
     frame = make_frame(scheduler, config, power, sampling, part.span)
-    costs = _check_reach(layers, frame, config, denoiser, adapter)
+    costs = _check_reach(layers, frame, config, denoiser, adapter, macs)
     config = with_batch(config, adapter, denoiser, frame, data)
     return Job(
         denoiser, adapter, scheduler, layers, frame, config, costs, data, measured, pipeline,
@@ -227,12 +229,34 @@ def _with_ends(config: PruneConfig, adapter: Adapter, denoiser: Denoiser) -> Pru
     return replace(config, exclude=(*config.exclude, *ends))
 
 
+def _check_ways(layers: tuple[PrunableLayer, ...], adapter: Adapter, config: PruneConfig) -> None:
+    """Refuse ways of pruning that a family's structure does not allow."""
+    if config.removes_weights:
+        return
+    if config.granularity != "structured" and config.depth_rank != "curve":
+        if not adapter.watches_blocks:
+            raise ValueError(
+                f"prune: depth_rank must be 'curve' for {adapter.denoiser_class}, got "
+                f"{config.depth_rank!r}: what its layers add to the stream is not measured."
+            )
+    if config.compensation == "affine":
+        for layer in layers:
+            packed = [reader.module for reader in layer.readers if reader.stop is not None]
+            if packed and is_chosen(layer.name, config.include, config.exclude):
+                raise ValueError(
+                    f"prune: compensation must not be 'affine' for {layer.name}: another layer is "
+                    f"read by {packed[0]} too, and both would change its one bias. Use 'plain', or "
+                    f"exclude {layer.block!r}."
+                )
+
+
 def _check_reach(
     layers: tuple[PrunableLayer, ...],
     frame: Frame,
     config: PruneConfig,
     denoiser: Denoiser,
     adapter: Adapter,
+    macs: Macs,
 ) -> CostModel:
     """Refuse a budget that even removing all that may go does not meet."""
     parameter = next(denoiser.parameters())
@@ -240,7 +264,7 @@ def _check_reach(
         layers,
         frame.steps,
         layer_sizes(denoiser, layers),
-        adapter.macs(denoiser),
+        macs,
         sum(p.numel() for p in denoiser.parameters()),
         parameter.element_size(),
         file_overhead=file_overhead(denoiser, len(frame.steps)),

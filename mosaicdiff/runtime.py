@@ -166,7 +166,8 @@ class StagedDenoiser(ModelMixin, ConfigMixin):
         """Say to the hooks of every stage which call of a step comes; pipelines ask for it."""
         with ExitStack() as stack:
             for stage in self.stage_models:
-                stack.enter_context(stage.cache_context(name, **details))
+                context: Any = stage.cache_context
+                stack.enter_context(context(name, **details))
             yield
 
     def __getattr__(self, name: str) -> Any:

@@ -65,7 +65,8 @@ def _print_families(out: Console, rows: tuple[Family, ...]) -> None:
     from rich.table import Table
 
     table = Table(title="families", show_lines=True)
-    for column in ("denoiser and its pipelines", "what goes", "q/k norms", "what stays"):
+    table.add_column("denoiser and its pipelines", no_wrap=True)
+    for column in ("what goes", "q/k norms", "what stays"):
         table.add_column(column)
     for row in rows:
         stays = list(dict.fromkeys(why.partition(":")[0] for _, why in row.stays))

@@ -174,6 +174,7 @@ def read_data(
             options=options,
             steps=asked.config.steps,
             cache=asked.cache,
+            null=asked.config.activations == "noised" and asked.config.null_share > 0,
         )
     return CalibrationSet(calibration, adapter, denoiser, drawn=sized)
 

@@ -32,7 +32,7 @@ def grid(height, width, axes, first=0):
     return ids.reshape(height * width, axes)
 
 
-def tiny_flux(layers=2, single=2, heads=3, guidance=True):
+def tiny_flux(layers=2, single=2, heads=3, guidance=True, **config):
     torch.manual_seed(31)
     return lively(
         FluxTransformer2DModel(
@@ -45,6 +45,7 @@ def tiny_flux(layers=2, single=2, heads=3, guidance=True):
             pooled_projection_dim=10,
             guidance_embeds=guidance,
             axes_dims_rope=(2, 2, 4),
+            **config,
         )
     )
 
@@ -62,7 +63,7 @@ def flux_inputs(count, height=3, width=4, text=5, guidance=True, seed=9):
     return inputs
 
 
-def tiny_flux2(layers=2, single=2, heads=3, guidance=True):
+def tiny_flux2(layers=2, single=2, heads=3, guidance=True, **config):
     torch.manual_seed(32)
     return lively(
         Flux2Transformer2DModel(
@@ -76,6 +77,7 @@ def tiny_flux2(layers=2, single=2, heads=3, guidance=True):
             mlp_ratio=2.0,
             axes_dims_rope=(2, 2, 2, 2),
             guidance_embeds=guidance,
+            **config,
         )
     )
 
@@ -90,7 +92,7 @@ def flux2_inputs(count, height=3, width=4, text=5, seed=9):
     }
 
 
-def tiny_qwen(layers=3, heads=3):
+def tiny_qwen(layers=3, heads=3, **config):
     torch.manual_seed(33)
     return lively(
         QwenImageTransformer2DModel(
@@ -101,6 +103,7 @@ def tiny_qwen(layers=3, heads=3):
             num_attention_heads=heads,
             joint_attention_dim=12,
             axes_dims_rope=(2, 2, 4),
+            **config,
         )
     )
 
@@ -115,7 +118,7 @@ def qwen_inputs(count, height=3, width=4, text=5, seed=9):
     }
 
 
-def tiny_hunyuan(layers=2, single=2, heads=3, guidance=True):
+def tiny_hunyuan(layers=2, single=2, heads=3, guidance=True, **config):
     torch.manual_seed(34)
     return lively(
         HunyuanVideoTransformer3DModel(
@@ -131,6 +134,7 @@ def tiny_hunyuan(layers=2, single=2, heads=3, guidance=True):
             pooled_projection_dim=10,
             rope_axes_dim=(2, 2, 4),
             guidance_embeds=guidance,
+            **config,
         )
     )
 

@@ -207,9 +207,15 @@ def vae_tensors(state: dict[str, torch.Tensor], prefix: str = "first_stage_model
 
 def with_width(function, width: int):
     """Return diffusers' conversion of FLUX, which is for one width only, for another one."""
-    constants = tuple(width if c == 3072 else c for c in function.__code__.co_consts)
-    code = function.__code__.replace(co_consts=constants)
-    return types.FunctionType(code, function.__globals__, function.__name__)
+
+    def changed(code: types.CodeType) -> types.CodeType:
+        constants = (
+            changed(c) if isinstance(c, types.CodeType) else width if c == 3072 else c
+            for c in code.co_consts
+        )  # fmt: skip
+        return code.replace(co_consts=tuple(constants))
+
+    return types.FunctionType(changed(function.__code__), function.__globals__, function.__name__)
 
 
 def _renamed(state: dict[str, torch.Tensor], names: dict[str, str], prefix: str) -> dict:

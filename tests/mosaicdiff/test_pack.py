@@ -128,10 +128,9 @@ def test_macs_equal_the_flop_counter(kept):
 
 
 def test_macs_of_dit_xl_2():
-    from mosaicdiff.evaluate.configurations import _COMMON, CONFIGURATIONS
+    from mosaicdiff.evaluate.configurations import configuration
 
-    adapter = adapter_for(tiny_denoiser())
-    macs = adapter.macs(adapter.empty(_COMMON | CONFIGURATIONS["dit-xl-2"]))
+    macs = adapter_for(tiny_denoiser()).macs(configuration("dit-xl-2").empty())
     assert round(macs.total / 1e9, 2) == 118.67
     assert round(macs.linear / 1e9, 2) == 114.44
 

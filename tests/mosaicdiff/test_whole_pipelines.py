@@ -81,8 +81,9 @@ def test_prune_by_images_with_captions(name, tmp_path):
     asked = as_options({k: v for k, v in tiny.options.items() if k != "num_frames"})
     null = 0.0 if name == "flux" else 0.2  # whose guidance is an input
     report = run_json("prune", tmp_path / "model", "--output", tmp_path / "out",
-                      "--calibration", folder, "--steps", steps_for(name), "--samples", 8, "--stages", 1,
-                      "--allocation", "uniform", "--null-share", null, *asked)  # fmt: skip
+                      "--calibration", folder, "--steps", steps_for(name), "--samples", 8,
+                      "--stages", 1, "--allocation", "uniform", "--null-share", null,
+                      *asked)  # fmt: skip
     assert report["sparsity"] == pytest.approx(0.3, abs=0.05)
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "out")
     loaded.set_progress_bar_config(disable=True)
