@@ -9,9 +9,11 @@ from diffusers import (
     QwenImagePipeline,
 )
 
+import mosaicdiff
 from mosaicdiff import PruneConfig
 from mosaicdiff.adapters import adapter_for
 from mosaicdiff.pipeline import cut
+from mosaicdiff.trajectory_config import TrajectoryConfig
 
 from .cases_a import tiny_flux, tiny_flux2, tiny_hunyuan, tiny_qwen
 from .conftest import flow_scheduler
@@ -148,3 +150,33 @@ def test_stages_follow_the_pipeline(name):
     assert {stage for stage, _ in route} == set(range(len(staged.stage_models))) >= {0, 1}
     staged.detach()
     assert torch.equal(sample(pipeline, options, steps=12), attached)
+
+
+class Spelled(QwenImagePipeline):
+    """A QwenImagePipeline whose text encoder makes a token of every letter."""
+
+    def _get_qwen_prompt_embeds(self, prompt=None, device=None, dtype=None):
+        texts = [prompt] if isinstance(prompt, str) else prompt
+        table = torch.randn(128, 12, generator=torch.Generator().manual_seed(2))
+        length = max(map(len, texts))
+        mask = torch.tensor([[int(i < len(text)) for i in range(length)] for text in texts])
+        tokens = torch.tensor([list(text.ljust(length).encode()) for text in texts])
+        return table[tokens], mask
+
+
+def test_prompts_of_any_length_are_sampled_with_and_measured_on():
+    """Qwen-Image pads the prompts of a batch alone, and masks nothing where they are alike."""
+    options = {
+        "height": 48, "width": 64,
+        "true_cfg_scale": 2.0, "negative_prompt": ["ab", "ab"],
+    }  # fmt: skip
+    pipeline = bare(Spelled, tiny_qwen(), dynamic())
+    config = PruneConfig(
+        sparsity=0.2, steps=4, stages=1, activations="trajectory", whole_ends=False,
+        weighting="sensitivity", probe_samples=4, allocation="optimal",
+        trajectory=TrajectoryConfig(samples=6, batch_size=2, options=options),
+    )  # fmt: skip
+    prompts = ["tree", "frog", "a", "house", "two", "cat"]
+    result = mosaicdiff.prune(pipeline, config, prompts=prompts)
+    assert result.report.sparsity == pytest.approx(0.2, abs=0.01)
+    assert isinstance(pipeline.transformer, mosaicdiff.StagedDenoiser)
