@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..groups import Denoiser, PrunableLayer
+from ..groups import Denoiser
 from ..pack import StageBuilder
-from .declared import Family
+from .attentions import FLUX
 from .family import Blocks, Heads, Neurons
-from .flux import FLUX_UNTOUCHED
 from .inputs import Condition
-from .joint import joint_stand_in
-from .single import check_channels, check_positions, one_grid
-
-#: Tokens of an image of 1024x1024 pixels: 8 pixels a latent, 2x2 latents a token.
-IMAGE_TOKENS = 4096
-#: Text tokens of `Flux2Pipeline` by default.
-TEXT_TOKENS = 512
+from .single import PackedImages
 
 _BOTH = "image+text"
 _GATED = ("linear_in",)  # the half that goes through the activation first, the gated one second
@@ -41,14 +34,11 @@ class NeuronsOnly(nn.Module):
         return output
 
 
-class Flux2Adapter(Family):
+class Flux2Adapter(PackedImages):
     """Remove heads and neurons of blocks of two streams, and of parallel blocks of one.
 
     In a parallel block one linear writes queries, keys, values and both halves of the neurons, and
     one reads heads and neurons.
-
-    Args:
-        text_tokens: that costs are counted for.
     """
 
     denoiser_class = "Flux2Transformer2DModel"
@@ -70,6 +60,7 @@ class Flux2Adapter(Family):
     )
     timestep_argument = ("timestep", 2)
     joint = True
+    joint_layers = ("attn",)
     sigma_scale = 1.0
     passes_sigmas = True
     any_size = True
@@ -85,16 +76,7 @@ class Flux2Adapter(Family):
         Blocks(
             "transformer_blocks.*",
             (
-                Heads(
-                    "attn",
-                    writers=(
-                        ("image", ("to_q", "to_k", "to_v")),
-                        ("text", ("add_q_proj", "add_k_proj", "add_v_proj")),
-                    ),
-                    readers=(("image", "to_out.0"), ("text", "to_add_out")),
-                    attends=((_BOTH, _BOTH),),
-                    untouched=FLUX_UNTOUCHED,
-                ),
+                FLUX.joint_attention(),
                 Neurons("ff", _GATED, "linear_out", "image"),
                 Neurons("ff_context", _GATED, "linear_out", "text"),
             ),
@@ -107,13 +89,13 @@ class Flux2Adapter(Family):
                     writers=((_BOTH, ("to_qkv_mlp_proj",)),),
                     readers=((_BOTH, "to_out"),),
                     attends=((_BOTH, _BOTH),),
-                    untouched=(*FLUX_UNTOUCHED, "mlp_hidden_dim", "mlp_ratio", "mlp_mult_factor"),
+                    untouched=(*FLUX.untouched, "mlp_hidden_dim", "mlp_ratio", "mlp_mult_factor"),
                 ),
                 Neurons(
                     "mlp", ("to_qkv_mlp_proj",), "to_out", _BOTH, home_name="attn",
                     per_group=("mlp_hidden_dim",),
                     untouched=(
-                        *FLUX_UNTOUCHED, "heads", "inner_dim", "mlp_ratio", "mlp_mult_factor",
+                        *FLUX.untouched, "heads", "inner_dim", "mlp_ratio", "mlp_mult_factor",
                     ),
                 ),
             ),
@@ -124,33 +106,6 @@ class Flux2Adapter(Family):
         ),
     )  # fmt: skip
 
-    def __init__(self, text_tokens: int = TEXT_TOKENS) -> None:
-        self.text_tokens = text_tokens
-
-    def check(self, denoiser: Denoiser) -> None:
-        check_channels(denoiser)
-        super().check(denoiser)
-
-    def tokens(self, denoiser: Denoiser) -> Mapping[str, int]:
-        return {"image": IMAGE_TOKENS, "text": self.text_tokens}
-
-    def latent_shape(self, denoiser: Denoiser) -> tuple[int, ...]:
-        return IMAGE_TOKENS, denoiser.config.in_channels
-
-    def check_inputs(
-        self, denoiser: Denoiser, latents: torch.Tensor, inputs: dict[str, Any]
-    ) -> None:
-        super().check_inputs(denoiser, latents, inputs)
-        check_positions(latents, inputs["img_ids"])
-
-    def conditions_of(self, arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        return super().conditions_of(one_grid(arguments))
-
-    def given_timesteps(
-        self, denoiser: Denoiser, timesteps: torch.Tensor, latents: torch.Tensor
-    ) -> torch.Tensor:
-        return timesteps.to(latents.dtype) / 1000
-
     def arguments(
         self, denoiser: Denoiser, latents: torch.Tensor, inputs: Mapping[str, Any]
     ) -> dict[str, Any]:
@@ -160,15 +115,6 @@ class Flux2Adapter(Family):
             places = torch.arange(count, device=latents.device)
             found["txt_ids"] = torch.cat([places.new_zeros(count, 3), places[:, None]], dim=1)
         return found
-
-    def stand_in(
-        self, stage: Denoiser, layer: PrunableLayer, biases: Sequence[torch.Tensor | None]
-    ) -> nn.Module | None:
-        if layer.name.startswith("single_"):
-            return None  # one module holds heads and neurons: see `simplify`
-        if layer.kind == "heads":
-            return joint_stand_in(stage, layer, biases)
-        return super().stand_in(stage, layer, biases)
 
     def simplify(self, builder: StageBuilder) -> None:
         for index, block in enumerate(builder.root.single_transformer_blocks):

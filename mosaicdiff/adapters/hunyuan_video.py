@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import torch
-from torch import nn
-
-from ..groups import Denoiser, PrunableLayer
-from .declared import LEGACY_PER_COLUMN, LEGACY_PER_GROUP, LEGACY_UNTOUCHED, Family
-from .family import Blocks, Heads, Neurons
+from ..groups import Denoiser
+from .attentions import LEGACY
+from .declared import Family
+from .family import Blocks, Neurons
 from .inputs import Condition
-from .joint import joint_stand_in
-from .single import NoHeads, check_channels
+from .single import check_channels
 
 #: 129 frames of 720x1280 pixels: 4 frames a latent after the first, 8 pixels.
 LATENT_FRAMES, LATENT_ROWS, LATENT_COLUMNS = 33, 90, 160
@@ -50,6 +47,7 @@ class HunyuanVideoAdapter(Family):
     )
     timestep_argument = ("timestep", 1)
     joint = True
+    joint_layers = ("attn",)
     sigma_scale = 1000.0
     passes_sigmas = True
     any_size = True
@@ -63,18 +61,7 @@ class HunyuanVideoAdapter(Family):
         Blocks(
             "transformer_blocks.*",
             (
-                Heads(
-                    "attn",
-                    writers=(
-                        ("image", ("to_q", "to_k", "to_v")),
-                        ("text", ("add_q_proj", "add_k_proj", "add_v_proj")),
-                    ),
-                    readers=(("image", "to_out.0"), ("text", "to_add_out")),
-                    attends=((_BOTH, _BOTH),),
-                    per_group=LEGACY_PER_GROUP,
-                    per_column=LEGACY_PER_COLUMN,
-                    untouched=LEGACY_UNTOUCHED,
-                ),
+                LEGACY.joint_attention(),
                 Neurons("ff", ("net.0.proj",), "net.2", "image"),
                 Neurons("ff_context", ("net.0.proj",), "net.2", "text"),
             ),
@@ -82,14 +69,11 @@ class HunyuanVideoAdapter(Family):
         Blocks(
             "single_transformer_blocks.*",
             (
-                Heads(
+                LEGACY.heads(
                     "attn",
                     writers=((_BOTH, ("to_q", "to_k", "to_v")),),
                     readers=((_BOTH, "/proj_out"),),
                     attends=((_BOTH, _BOTH),),
-                    per_group=LEGACY_PER_GROUP,
-                    per_column=LEGACY_PER_COLUMN,
-                    untouched=LEGACY_UNTOUCHED,
                 ),
                 Neurons("mlp", ("proj_mlp",), "proj_out", _BOTH, home_name="."),
             ),
@@ -118,11 +102,3 @@ class HunyuanVideoAdapter(Family):
 
     def latent_shape(self, denoiser: Denoiser) -> tuple[int, ...]:
         return denoiser.config.in_channels, LATENT_FRAMES, LATENT_ROWS, LATENT_COLUMNS
-
-    def stand_in(
-        self, stage: Denoiser, layer: PrunableLayer, biases: Sequence[torch.Tensor | None]
-    ) -> nn.Module | None:
-        if layer.kind == "heads":
-            single = layer.name.startswith("single_")
-            return NoHeads() if single else joint_stand_in(stage, layer, biases)
-        return super().stand_in(stage, layer, biases)

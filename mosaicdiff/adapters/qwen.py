@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
-from ..groups import Denoiser, PrunableLayer
-from .declared import LEGACY_PER_COLUMN, LEGACY_PER_GROUP, LEGACY_UNTOUCHED, Family
-from .family import Blocks, Heads, Neurons
+from ..groups import Denoiser
+from .attentions import LEGACY
+from .declared import Family
+from .family import Blocks, Neurons
 from .inputs import Condition
-from .joint import joint_stand_in
 
 #: Rows of tokens of an image of 1024x1024 pixels: 8 pixels a latent, 2x2 latents a token.
 IMAGE_SIDE = 64
@@ -46,6 +45,7 @@ class QwenImageAdapter(Family):
     )
     timestep_argument = ("timestep", 3)
     joint = True
+    joint_layers = ("attn",)
     sigma_scale = 1.0
     passes_sigmas = True
     any_size = True
@@ -58,18 +58,7 @@ class QwenImageAdapter(Family):
         Blocks(
             "transformer_blocks.*",
             (
-                Heads(
-                    "attn",
-                    writers=(
-                        ("image", ("to_q", "to_k", "to_v")),
-                        ("text", ("add_q_proj", "add_k_proj", "add_v_proj")),
-                    ),
-                    readers=(("image", "to_out.0"), ("text", "to_add_out")),
-                    attends=(("image+text", "image+text"),),
-                    per_group=LEGACY_PER_GROUP,
-                    per_column=LEGACY_PER_COLUMN,
-                    untouched=LEGACY_UNTOUCHED,
-                ),
+                LEGACY.joint_attention(),
                 Neurons("img_mlp", ("net.0.proj",), "net.2", "image"),
                 Neurons("txt_mlp", ("net.0.proj",), "net.2", "text"),
             ),
@@ -132,10 +121,3 @@ class QwenImageAdapter(Family):
         rest = {name: value for name, value in inputs.items() if name != "img_shapes"}
         found = super().arguments(denoiser, latents, rest)
         return found | {"img_shapes": [[tuple(size) for size in sizes]] * len(latents)}
-
-    def stand_in(
-        self, stage: Denoiser, layer: PrunableLayer, biases: Sequence[torch.Tensor | None]
-    ) -> nn.Module | None:
-        if layer.kind == "heads":
-            return joint_stand_in(stage, layer, biases)
-        return super().stand_in(stage, layer, biases)

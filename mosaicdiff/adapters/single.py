@@ -1,4 +1,4 @@
-"""What the families of packed latents and parallel blocks share."""
+"""What the families of packed latents share."""
 
 from __future__ import annotations
 
@@ -8,28 +8,47 @@ from typing import Any
 import torch
 
 from ..groups import Denoiser
-from ..pack import StandIn
+from .declared import Family
+
+#: Tokens of an image of 1024x1024 pixels: 8 pixels a latent, 2x2 latents a token.
+IMAGE_TOKENS = 4096
+#: Text tokens that the pipelines of FLUX pad a prompt to by default.
+TEXT_TOKENS = 512
 
 
-class NoHeads(StandIn):
-    """Stand for an attention without heads that leaves its output linear to the block.
+class PackedImages(Family):
+    """A family whose latents are tokens (B, T, C) with positions `img_ids`, as FLUX has them.
 
-    It returns no columns: for what it is given alone, or for it and for the text beside it.
+    Args:
+        text_tokens: that costs are counted for.
     """
 
-    def biases(self) -> tuple[torch.Tensor | None, ...]:
-        return ()
+    def __init__(self, text_tokens: int = TEXT_TOKENS) -> None:
+        self.text_tokens = text_tokens
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        image = hidden_states[..., :0]
-        if encoder_hidden_states is None:
-            return image
-        return image, encoder_hidden_states[..., :0]
+    def check(self, denoiser: Denoiser) -> None:
+        check_channels(denoiser)
+        super().check(denoiser)
+
+    def tokens(self, denoiser: Denoiser) -> Mapping[str, int]:
+        return {"image": IMAGE_TOKENS, "text": self.text_tokens}
+
+    def latent_shape(self, denoiser: Denoiser) -> tuple[int, ...]:
+        return IMAGE_TOKENS, denoiser.config.in_channels
+
+    def check_inputs(
+        self, denoiser: Denoiser, latents: torch.Tensor, inputs: dict[str, Any]
+    ) -> None:
+        super().check_inputs(denoiser, latents, inputs)
+        check_positions(latents, inputs["img_ids"])
+
+    def conditions_of(self, arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        return super().conditions_of(one_grid(arguments))
+
+    def given_timesteps(
+        self, denoiser: Denoiser, timesteps: torch.Tensor, latents: torch.Tensor
+    ) -> torch.Tensor:
+        return timesteps.to(latents.dtype) / 1000
 
 
 def check_positions(latents: torch.Tensor, img_ids: torch.Tensor) -> None:

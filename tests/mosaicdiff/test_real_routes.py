@@ -1,5 +1,7 @@
 """Stages follow the real pipelines of flow-matching families, two denoisers included."""
 
+import json
+
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -9,6 +11,7 @@ from mosaicdiff import PruneConfig, StagedDenoiser
 from mosaicdiff.sources import find_denoisers
 from mosaicdiff.trajectory_config import TrajectoryConfig
 
+from .commands import run_json
 from .test_clock import CountReads
 from .tiny_pipelines import PIPELINES
 
@@ -32,7 +35,8 @@ def routes_of(pipe):
         for index, model in enumerate(staged.stage_models):
 
             def note(module, args, kwargs, index=index, staged=staged):
-                route.append((index, staged._clock._read(kwargs["timestep"])))
+                given = kwargs["timestep"] if "timestep" in kwargs else args[1]
+                route.append((index, staged._clock._read(given)))
 
             model.register_forward_pre_hook(note, with_kwargs=True)
     return route
@@ -72,3 +76,27 @@ def test_both_denoisers_of_wan_are_saved_and_loaded(tmp_path):
     assert isinstance(loaded.transformer_2, StagedDenoiser)
     assert (tiny.sample(pipe, steps=STEPS) - tiny.sample(loaded, steps=STEPS)).abs().max() < 1e-5
     assert torch.isfinite(tiny.sample(loaded, steps=STEPS)).all()
+
+
+@pytest.mark.parametrize("component", [None, "transformer_2"])
+def test_the_command_prunes_both_or_one(component, tmp_path):
+    tiny = PIPELINES["wan-2"]
+    tiny.whole(tmp_path / "words").save_pretrained(tmp_path / "model")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    options = [f"--pipeline-option={name}={json.dumps(v)}" for name, v in tiny.options.items()]
+    asked = [
+        tmp_path / "model", "--output", tmp_path / "out", "--activations", "trajectory",
+        "--prompts", tmp_path / "prompts.txt", "--trajectories", 2, "--trajectory-batch", 2,
+        "--steps", STEPS, "--stages", 2, "--allocation", "uniform", *options,
+    ]  # fmt: skip
+    chosen = [] if component is None else ["--component", component]
+    planned = run_json("prune", *asked, *chosen, "--dry-run")
+    values = run_json("prune", *asked, *chosen)
+    names = [values["component"], *(other["component"] for other in values["others"])]
+    assert names == (["transformer", "transformer_2"] if component is None else [component])
+    assert len(planned.get("others", [])) == len(values["others"])
+    for report in (values, *values["others"]):
+        assert report["sparsity"] == pytest.approx(0.3, abs=0.06)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    assert isinstance(loaded.transformer_2, StagedDenoiser)
+    assert isinstance(loaded.transformer, StagedDenoiser) == (component is None)
