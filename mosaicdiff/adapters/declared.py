@@ -157,7 +157,8 @@ class Family(Adapter):
                     inputs[condition.name] = condition.number(condition.example)
             self.predict(copy, latents, timesteps, inputs)
 
-        return count_macs(denoiser, call)
+        sizes = self.latent_shape(denoiser), tuple(self.example_sizes(denoiser).items())
+        return count_macs(denoiser, call, sizes)
 
 
 def _shared_inputs(kind: Blocks, denoiser: Denoiser, block: str) -> list[list[str]]:

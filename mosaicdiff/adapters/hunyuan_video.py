@@ -23,9 +23,6 @@ class HunyuanVideoAdapter(Family):
     """Remove heads and neurons of blocks of two streams, and of parallel blocks of one.
 
     The refiner of the text encodings stays whole: it runs on a few hundred tokens.
-
-    Args:
-        text_tokens: that costs are counted for.
     """
 
     denoiser_class = "HunyuanVideoTransformer3DModel"
@@ -81,9 +78,6 @@ class HunyuanVideoAdapter(Family):
         ),
     )
 
-    def __init__(self, text_tokens: int = TEXT_TOKENS) -> None:
-        self.text_tokens = text_tokens
-
     def check(self, denoiser: Denoiser) -> None:
         check_channels(denoiser)
         kind = denoiser.config.image_condition_type
@@ -98,7 +92,7 @@ class HunyuanVideoAdapter(Family):
         config = denoiser.config
         frames = LATENT_FRAMES // config.patch_size_t
         area = (LATENT_ROWS // config.patch_size) * (LATENT_COLUMNS // config.patch_size)
-        return {"image": frames * area, "text": self.text_tokens}
+        return {"image": frames * area, "text": TEXT_TOKENS}
 
     def latent_shape(self, denoiser: Denoiser) -> tuple[int, ...]:
         return denoiser.config.in_channels, LATENT_FRAMES, LATENT_ROWS, LATENT_COLUMNS

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -18,8 +19,17 @@ from ..pack import meta_copy
 _WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def count_macs(denoiser: Denoiser, call: Callable[[Denoiser, torch.device], Any]) -> Macs:
+#: Counts by what they depend on: a request asks for those of the same few networks many times.
+_COUNTED: OrderedDict[Hashable, Macs] = OrderedDict()
+_REMEMBERED = 256
+
+
+def count_macs(
+    denoiser: Denoiser, call: Callable[[Denoiser, torch.device], Any], sizes: Hashable
+) -> Macs:
     """Run a call of one sample on the meta device and count its multiply-accumulates.
+
+    Counts are remembered by configuration, modules, shapes and sizes.
 
     Products of weights (linears, convolutions) and of activations (attention, linear attention)
     are told apart. Nothing is computed and no weight is read.
@@ -27,7 +37,26 @@ def count_macs(denoiser: Denoiser, call: Callable[[Denoiser, torch.device], Any]
     Args:
         denoiser: dense, or a stage.
         call: runs a denoiser with inputs on a device.
+        sizes: of those inputs.
     """
+    key = (*_key(denoiser), sizes)
+    if key not in _COUNTED:
+        _COUNTED[key] = _count(denoiser, call)
+        if len(_COUNTED) > _REMEMBERED:
+            _COUNTED.popitem(last=False)
+    _COUNTED.move_to_end(key)
+    return _COUNTED[key]
+
+
+def _key(denoiser: Denoiser) -> tuple[Hashable, ...]:
+    """Return all of a denoiser that a count depends on."""
+    shapes = tuple((name, tuple(p.shape)) for name, p in denoiser.named_parameters())
+    # What stands for a layer may hold what the layer held.
+    kinds = tuple(type(module) for module in denoiser.modules())
+    return repr(sorted(denoiser.config.items(), key=str)), shapes, kinds
+
+
+def _count(denoiser: Denoiser, call: Callable[[Denoiser, torch.device], Any]) -> Macs:
     # Constants that a model keeps outside its buffers are real: fake tensors take them along.
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         copy = meta_copy(denoiser)

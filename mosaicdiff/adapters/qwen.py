@@ -23,9 +23,6 @@ class QwenImageAdapter(Family):
     """Remove heads of joint attention from both streams, and GELU neurons of each.
 
     `img_shapes` is, for each sample, the frames, rows and columns of tokens of its images.
-
-    Args:
-        text_tokens: that costs are counted for.
     """
 
     denoiser_class = "QwenImageTransformer2DModel"
@@ -65,9 +62,6 @@ class QwenImageAdapter(Family):
         ),
     )
 
-    def __init__(self, text_tokens: int = TEXT_TOKENS) -> None:
-        self.text_tokens = text_tokens
-
     def check(self, denoiser: Denoiser) -> None:
         for name in ("use_additional_t_cond", "use_layer3d_rope"):
             if getattr(denoiser.config, name, False):
@@ -78,7 +72,7 @@ class QwenImageAdapter(Family):
         super().check(denoiser)
 
     def tokens(self, denoiser: Denoiser) -> Mapping[str, int]:
-        return {"image": IMAGE_SIDE**2, "text": self.text_tokens}
+        return {"image": IMAGE_SIDE**2, "text": TEXT_TOKENS}
 
     def latent_shape(self, denoiser: Denoiser) -> tuple[int, ...]:
         return IMAGE_SIDE**2, denoiser.config.in_channels

@@ -27,9 +27,6 @@ class SD3Adapter(Family):
     The null condition is the encodings of the empty prompt, which only the text encoders know:
     where the batches hold them as `negative_...`, `null_share` takes from those; where they do
     not, `null_share` must be 0.
-
-    Args:
-        text_tokens: that costs are counted for.
     """
 
     denoiser_class = "SD3Transformer2DModel"
@@ -67,11 +64,8 @@ class SD3Adapter(Family):
         ),
     )
 
-    def __init__(self, text_tokens: int = TEXT_TOKENS) -> None:
-        self.text_tokens = text_tokens
-
     def tokens(self, denoiser: Denoiser) -> Mapping[str, int]:
-        return {"image": image_tokens(denoiser), "text": self.text_tokens}
+        return {"image": image_tokens(denoiser), "text": TEXT_TOKENS}
 
     def simplify(self, builder: StageBuilder) -> None:
         for name, block in zip(

@@ -17,21 +17,14 @@ TEXT_TOKENS = 512
 
 
 class PackedImages(Family):
-    """A family whose latents are tokens (B, T, C) with positions `img_ids`, as FLUX has them.
-
-    Args:
-        text_tokens: that costs are counted for.
-    """
-
-    def __init__(self, text_tokens: int = TEXT_TOKENS) -> None:
-        self.text_tokens = text_tokens
+    """A family whose latents are tokens (B, T, C) with positions `img_ids`, as FLUX has them."""
 
     def check(self, denoiser: Denoiser) -> None:
         check_channels(denoiser)
         super().check(denoiser)
 
     def tokens(self, denoiser: Denoiser) -> Mapping[str, int]:
-        return {"image": IMAGE_TOKENS, "text": self.text_tokens}
+        return {"image": IMAGE_TOKENS, "text": TEXT_TOKENS}
 
     def latent_shape(self, denoiser: Denoiser) -> tuple[int, ...]:
         return IMAGE_TOKENS, denoiser.config.in_channels

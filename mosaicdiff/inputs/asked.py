@@ -120,7 +120,8 @@ def _read_captions(
     if condition_argument(type(pipeline).__call__) != "prompt":
         raise ValueError(
             "prune: prompts must be left out with activations='noised' for a class-conditional "
-            f"pipeline, whose sources hold labels, got {str(prompts):.60}."
+            f"pipeline, whose sources hold labels, got {str(prompts):.60}. Ask for "
+            "activations='trajectory' (--activations trajectory)."
         )
     return read_prompts(prompts, "prompt")
 
