@@ -13,7 +13,7 @@ from .adapters import Adapter, adapter_for
 from .allocation.costs import CostModel, layer_sizes
 from .allocation.planning import Frame, effort_bounds, make_frame, share_plan
 from .config import PruneConfig
-from .groups import Denoiser, PrunableLayer
+from .groups import Denoiser, Macs, PrunableLayer
 from .inputs.asked import CalibrationSource, read_asked, read_data, with_batch
 from .patterns import check_patterns
 from .runtime import StagedDenoiser
@@ -133,7 +133,8 @@ def prepare(
     _check_family(adapter, scheduler)
     sampling = sampling_of(adapter, denoiser)
     asked = read_asked(prompts, pipeline, config, calibration, measured is not None, cache)
-    layers = adapter.layers(denoiser)
+    layers = adapter.layers(denoiser, config.shared_norms)
+    _check_norms(adapter, denoiser, config)
     config = _with_ends(config, adapter, denoiser)
     # Refuse what no calibration could save before reading it; the power of its latents comes later.
     if config.removes_weights:
@@ -143,7 +144,8 @@ def prepare(
     check_patterns(names, config.include, "include")
     check_patterns(names, config.exclude, "exclude")
     unmeasured = make_frame(scheduler, config, None, sampling, part.span)
-    _check_reach(layers, unmeasured, config, denoiser, adapter)
+    macs = adapter.macs(denoiser)
+    _check_reach(layers, unmeasured, config, denoiser, adapter, macs)
     if measured is not None:
         if config.removes_weights:
             raise ValueError(
@@ -163,9 +165,14 @@ def prepare(
         # Refuse before any work where the batches do not hold what a null condition is.
         _, first = data.take(torch.zeros(1, dtype=torch.long))
         adapter.null_inputs(denoiser, first, torch.ones(1, dtype=torch.bool))
+    if config.shared_norms != "exact" and data is None and asked is None:
+        raise ValueError(
+            f"prune: calibration must be given with shared_norms={config.shared_norms!r}, got "
+            "None: what the approximation changes is measured on it. Name the latents too."
+        )
     power = measured.power if measured is not None else data.power if data is not None else None
     frame = make_frame(scheduler, config, power, sampling, part.span)
-    costs = _check_reach(layers, frame, config, denoiser, adapter)
+    costs = _check_reach(layers, frame, config, denoiser, adapter, macs)
     config = with_batch(config, adapter, denoiser, frame, data)
     return Job(
         denoiser, adapter, scheduler, layers, frame, config, costs, data, measured, pipeline,
@@ -202,6 +209,16 @@ def sampling_of(adapter: Adapter, denoiser: Denoiser) -> Sampling:
     )
 
 
+def _check_norms(adapter: Adapter, denoiser: Denoiser, config: PruneConfig) -> None:
+    """Refuse an approximation of norms that are not there."""
+    shared = any(writer.whole for layer in adapter.layers(denoiser) for writer in layer.writers)
+    if config.shared_norms != "exact" and not shared:
+        raise ValueError(
+            f"prune: shared_norms must be exact, got {config.shared_norms!r}: this "
+            f"{adapter.denoiser_class} has no norms over all heads together. Leave it out."
+        )
+
+
 def _check_family(adapter: Adapter, scheduler: Any) -> None:
     """Refuse a scheduler of another family than the denoiser can have been trained with.
 
@@ -233,6 +250,7 @@ def _check_reach(
     config: PruneConfig,
     denoiser: Denoiser,
     adapter: Adapter,
+    macs: Macs,
 ) -> CostModel:
     """Refuse a budget that even removing all that may go does not meet."""
     parameter = next(denoiser.parameters())
@@ -240,7 +258,7 @@ def _check_reach(
         layers,
         frame.steps,
         layer_sizes(denoiser, layers),
-        adapter.macs(denoiser),
+        macs,
         sum(p.numel() for p in denoiser.parameters()),
         parameter.element_size(),
         file_overhead=file_overhead(denoiser, len(frame.steps)),

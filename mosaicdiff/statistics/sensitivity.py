@@ -12,7 +12,7 @@ from torch import nn
 
 from ..adapters import Adapter
 from ..config import PruneConfig
-from ..groups import PrunableLayer
+from ..groups import Denoiser, PrunableLayer
 from ..trajectory.probe import Probe
 from ..trajectory.schedule import NoiseSchedule
 from ..trajectory.stages import Stage
@@ -94,7 +94,8 @@ def stage_gains(probe: Probe, denoiser: nn.Module, steps: Sequence[int]) -> list
 class _Noisy:
     """A denoiser whose output carries white noise, the same at every call."""
 
-    def __init__(self, denoiser: nn.Module, seed: int) -> None:
+    def __init__(self, denoiser: Denoiser, seed: int) -> None:
+        self.config = denoiser.config  # read by some adapters
         self._denoiser, self._generator = denoiser, torch.Generator().manual_seed(seed)
         self._noise: torch.Tensor | None = None
 
