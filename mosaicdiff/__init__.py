@@ -8,6 +8,7 @@ Importing this package also lets plain diffusers load what it saved.
 
 from .allocation.budget import Budget
 from .config import PruneConfig
+from .families import check_prunable
 from .integration import install as _install
 from .pipeline import PruneResult, calibrate, plan, prune
 from .runtime import StagedDenoiser
@@ -34,6 +35,7 @@ __all__ = [
     "Stage",
     "StagedDenoiser",
     "calibrate",
+    "check_prunable",
     "divide",
     "load_calibration_file",
     "load_pipeline",

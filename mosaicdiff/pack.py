@@ -79,8 +79,9 @@ class LeadingColumns(nn.Module):
 
 def make_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
     """Wrap existing tensors as a linear layer, without copying or initialising them."""
-    with torch.device("meta"):
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    with torch.device("meta"):  # of any size: torch warns where there is nothing to initialise
+        linear = nn.Linear(1, 1, bias=bias is not None)
+    linear.out_features, linear.in_features = weight.shape
     linear.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         linear.bias = nn.Parameter(bias, requires_grad=False)

@@ -18,6 +18,7 @@ from .allocation.planning import PrunePlan, make_frame, share_plan
 from .config import PruneConfig
 from .groups import Denoiser
 from .inputs.asked import CalibrationSource
+from .inputs.resting import encoders_at_rest
 from .packages.prune import in_packages, prune_in_packages
 from .report import PruneReport
 from .reporting import report_of
@@ -199,19 +200,25 @@ def _prune_one(
     started = time.perf_counter()
     # A bare denoiser stays the caller's own: the stages get tensors of theirs.
     base = job.denoiser if job.pipeline is not None else copy.deepcopy(job.denoiser)
-    if in_packages(job, folder):
-        done = prune_in_packages(job, tell, folder, resume)
-        staged = done.kind.network(base, done.solutions)
-        report = report_of(job, staged, done.decision, done.solutions, done.packages)
-    else:
-        staged, report = _prune_at_once(job, base, tell, search_state)
-    if job.config.shared_norms != "exact":
-        report = with_norm_errors(job, staged, report)
+    with encoders_at_rest(_done_with_texts(job)):
+        if in_packages(job, folder):
+            done = prune_in_packages(job, tell, folder, resume)
+            staged = done.kind.network(base, done.solutions)
+            report = report_of(job, staged, done.decision, done.solutions, done.packages)
+        else:
+            staged, report = _prune_at_once(job, base, tell, search_state)
+        if job.config.shared_norms != "exact":
+            report = with_norm_errors(job, staged, report)
     staged.info.source = source_name(job.pipeline)
     seconds = time.perf_counter() - started
     report = replace(report, seconds=seconds, component=job.component)
     staged.info.report = report.to_dict()
     return PruneResult(staged, report, job.pipeline, job.component)
+
+
+def _done_with_texts(job: Job) -> DiffusionPipeline | None:
+    """Return the pipeline whose text encoders are not needed again: it is not sampled."""
+    return job.pipeline if job.config.activations == "noised" else None
 
 
 def _components(model: DiffusionPipeline | Denoiser, component: str | None) -> Sequence[str | None]:
@@ -285,8 +292,9 @@ def calibrate_job(job: Job, tell: Progress) -> Calibration:
             "statistics are kept of those alone. Prune without."
         )
     made = made_for(job.denoiser, job.scheduler, job.config, job.prompts)
-    measured = replace(gather(job, tell), made_for=made)
-    return measured if job.config.stage_count == "auto" else trace(job, measured, tell)
+    with encoders_at_rest(_done_with_texts(job)):
+        measured = replace(gather(job, tell), made_for=made)
+        return measured if job.config.stage_count == "auto" else trace(job, measured, tell)
 
 
 def cut(denoiser: Denoiser, config: PruneConfig, *, scheduler: Any) -> StagedDenoiser:

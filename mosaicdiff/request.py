@@ -15,7 +15,7 @@ from .allocation.planning import Frame, effort_bounds, make_frame, share_plan
 from .config import PruneConfig
 from .groups import Denoiser, Macs, PrunableLayer
 from .inputs.asked import CalibrationSource, read_asked, read_data, with_batch
-from .patterns import check_patterns
+from .patterns import check_patterns, is_chosen
 from .runtime import StagedDenoiser
 from .sources import (
     DIGITS,
@@ -143,8 +143,9 @@ def prepare(
         names = [layer.name for layer in layers]
     check_patterns(names, config.include, "include")
     check_patterns(names, config.exclude, "exclude")
+    _check_ways(layers, adapter, config)
+    macs = adapter.macs(denoiser)  # it takes a while of a large denoiser
     unmeasured = make_frame(scheduler, config, None, sampling, part.span)
-    macs = adapter.macs(denoiser)
     _check_reach(layers, unmeasured, config, denoiser, adapter, macs)
     if measured is not None:
         if config.removes_weights:
@@ -165,7 +166,7 @@ def prepare(
         # Refuse before any work where the batches do not hold what a null condition is.
         _, first = data.take(torch.zeros(1, dtype=torch.long))
         adapter.null_inputs(denoiser, first, torch.ones(1, dtype=torch.bool))
-    if config.shared_norms != "exact" and data is None and asked is None:
+    if config.shared_norms != "exact" and data is None and asked.sampled is None:
         raise ValueError(
             f"prune: calibration must be given with shared_norms={config.shared_norms!r}, got "
             "None: what the approximation changes is measured on it. Name the latents too."
@@ -242,6 +243,27 @@ def _with_ends(config: PruneConfig, adapter: Adapter, denoiser: Denoiser) -> Pru
     blocks = adapter.blocks(denoiser)
     ends = tuple(name for name in (blocks[0], blocks[-1]) if name not in config.exclude)
     return replace(config, exclude=(*config.exclude, *ends))
+
+
+def _check_ways(layers: tuple[PrunableLayer, ...], adapter: Adapter, config: PruneConfig) -> None:
+    """Refuse ways of pruning that a family's structure does not allow."""
+    if config.removes_weights:
+        return
+    if config.granularity != "structured" and config.depth_rank != "curve":
+        if not adapter.watches_blocks:
+            raise ValueError(
+                f"prune: depth_rank must be 'curve' for {adapter.denoiser_class}, got "
+                f"{config.depth_rank!r}: what its layers add to the stream is not measured."
+            )
+    if config.compensation == "affine":
+        for layer in layers:
+            packed = [reader.module for reader in layer.readers if reader.stop is not None]
+            if packed and is_chosen(layer.name, config.include, config.exclude):
+                raise ValueError(
+                    f"prune: compensation must not be 'affine' for {layer.name}: another layer is "
+                    f"read by {packed[0]} too, and both would change its one bias. Use 'plain', or "
+                    f"exclude {layer.block!r}."
+                )
 
 
 def _check_reach(

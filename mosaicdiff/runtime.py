@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,34 @@ class StagedDenoiser(ModelMixin, ConfigMixin):
         """Compile every stage in place: one graph a stage, none for the choice between them."""
         for stage in self.stage_models:
             stage.compile(*args, **kwargs)
+
+    @contextmanager
+    def cache_context(self, name: str, **details: Any) -> Iterator[None]:
+        """Say to the hooks of every stage which call of a step comes; pipelines ask for it."""
+        with ExitStack() as stack:
+            for stage in self.stage_models:
+                context: Any = stage.cache_context
+                stack.enter_context(context(name, **details))
+            yield
+
+    def __getattr__(self, name: str) -> Any:
+        """Return what no stage has a part of its own of: pipelines read `add_embedding` and such.
+
+        Only modules that all stages share, and plain values: a method of one stage would change
+        that one alone.
+        """
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            stages = self.__dict__.get("_modules", {}).get("stage_models")
+            if stages is None or name.startswith("_"):
+                raise
+            first, *others = (getattr(stage, name, None) for stage in stages)
+            shared = isinstance(first, nn.Module) and all(other is first for other in others)
+            plain = isinstance(first, (bool, int, float, str)) and all(o == first for o in others)
+            if shared or plain:
+                return first
+            raise
 
     def macs(self) -> list[Macs]:
         """Count the MACs of one call for one sample, for each stage."""

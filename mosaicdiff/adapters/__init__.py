@@ -8,8 +8,11 @@ from ..model_checks import check_state
 from .base import Adapter
 from .dit import DiTAdapter
 from .flux import FluxAdapter
+from .flux2 import Flux2Adapter
+from .hunyuan_video import HunyuanVideoAdapter
 from .ltx import LTXAdapter
 from .pixart import PixArtAdapter
+from .qwen import QwenImageAdapter
 from .sana import SanaAdapter
 from .sd3 import SD3Adapter
 from .unet import UNetAdapter
@@ -18,6 +21,9 @@ from .wan import WanAdapter
 _ADAPTERS: tuple[Adapter, ...] = (
     DiTAdapter(),
     FluxAdapter(),
+    Flux2Adapter(),
+    HunyuanVideoAdapter(),
+    QwenImageAdapter(),
     LTXAdapter(),
     PixArtAdapter(),
     SanaAdapter(),

@@ -15,15 +15,8 @@ from .base import Adapter
 from .common import check_plain
 from .family import Blocks
 from .inputs import Condition, check_conditions, example_conditions, with_null
+from .joint import NoHeads, joint_stand_in
 from .macs import count_macs
-
-#: Attributes of diffusers' `Attention` that must never change, as wide as the heads or not.
-LEGACY_UNTOUCHED = (
-    "query_dim", "out_dim", "out_context_dim", "cross_attention_dim", "added_kv_proj_dim",
-    "use_bias", "use_linear_bias",
-)  # fmt: skip
-LEGACY_PER_GROUP = ("heads", "sliceable_head_dim")
-LEGACY_PER_COLUMN = ("inner_dim", "inner_kv_dim")
 
 
 class Family(Adapter):
@@ -34,6 +27,8 @@ class Family(Adapter):
     """
 
     block_kinds: tuple[Blocks, ...]
+    #: Names in the block of attentions of image and text together.
+    joint_layers: tuple[str, ...] = ()
 
     def empty(self, config: dict[str, Any]) -> Denoiser:
         import diffusers
@@ -76,9 +71,14 @@ class Family(Adapter):
     def stand_in(
         self, stage: Denoiser, layer: PrunableLayer, biases: Sequence[torch.Tensor | None]
     ) -> nn.Module | None:
-        """Return `BiasOnly` where a module of its own ends in one reader."""
-        if layer.module or len(layer.readers) != 1:
+        """Return what is left of a layer that has a module of its own."""
+        if layer.module:
             return None
+        if layer.readers[0].stop is not None:  # heads that are read beside a block's neurons
+            inside = layer.readers[0].module.startswith(f"{layer.home}.")
+            return None if inside else NoHeads()
+        if layer.name.rpartition(".")[2] in self.joint_layers:
+            return joint_stand_in(stage, layer, biases)
         reader = stage.get_submodule(layer.readers[0].module)
         return BiasOnly(reader.weight.shape[0], biases[0])
 
@@ -157,7 +157,8 @@ class Family(Adapter):
                     inputs[condition.name] = condition.number(condition.example)
             self.predict(copy, latents, timesteps, inputs)
 
-        return count_macs(denoiser, call)
+        sizes = self.latent_shape(denoiser), tuple(self.example_sizes(denoiser).items())
+        return count_macs(denoiser, call, sizes)
 
 
 def _shared_inputs(kind: Blocks, denoiser: Denoiser, block: str) -> list[list[str]]:

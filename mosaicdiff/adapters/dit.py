@@ -11,9 +11,10 @@ from torch import nn
 
 from ..groups import Denoiser
 from ..pack import BiasOnly, StageBuilder
+from .attentions import LEGACY
 from .common import image_tokens
-from .declared import LEGACY_PER_COLUMN, LEGACY_PER_GROUP, LEGACY_UNTOUCHED, Family
-from .family import Blocks, Heads, Neurons
+from .declared import Family
+from .family import Blocks, Neurons
 from .inputs import Condition
 
 
@@ -68,15 +69,7 @@ class DiTAdapter(Family):
         Blocks(
             "transformer_blocks.*",
             (
-                Heads(
-                    "attn1",
-                    writers=(("image", ("to_q", "to_k", "to_v")),),
-                    readers=(("image", "to_out.0"),),
-                    attends=(("image", "image"),),
-                    per_group=LEGACY_PER_GROUP,
-                    per_column=LEGACY_PER_COLUMN,
-                    untouched=LEGACY_UNTOUCHED,
-                ),
+                LEGACY.self_attention("attn1"),
                 Neurons("ff", ("net.0.proj",), "net.2", "image"),
             ),
         ),

@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
-from ..groups import Denoiser, PrunableLayer
-from .declared import Family
-from .family import Blocks, Heads, Neurons
+from ..groups import Denoiser
+from .attentions import FLUX
+from .family import Blocks, Neurons
 from .inputs import Condition
-from .joint import joint_stand_in
-from .single import NoHeads, check_positions
-
-#: Tokens of an image of 1024x1024 pixels: 8 pixels a latent, 2x2 latents a token.
-IMAGE_TOKENS = 4096
-#: Text tokens of `FluxPipeline` by default.
-TEXT_TOKENS = 512
-
-#: Integers of diffusers' newer attention modules that never change, as wide as the heads or not.
-FLUX_UNTOUCHED = ("head_dim", "query_dim", "out_dim", "added_kv_proj_dim")
+from .single import PackedImages
 
 _BOTH = "image+text"
 
 
-class FluxAdapter(Family):
+class FluxAdapter(PackedImages):
     """Remove heads and neurons of blocks of two streams, and of parallel blocks of one.
 
     In a parallel block `proj_out` reads heads and neurons side by side.
-
-    Args:
-        text_tokens: that costs are counted for.
     """
 
     denoiser_class = "FluxTransformer2DModel"
@@ -54,8 +41,10 @@ class FluxAdapter(Family):
     )
     timestep_argument = ("timestep", 3)
     joint = True
+    joint_layers = ("attn",)
     sigma_scale = 1.0
     passes_sigmas = True
+    any_size = True
     conditions = (
         Condition("encoder_hidden_states", ("text", "joint_attention_dim")),
         Condition("pooled_projections", ("pooled_projection_dim",)),
@@ -67,16 +56,7 @@ class FluxAdapter(Family):
         Blocks(
             "transformer_blocks.*",
             (
-                Heads(
-                    "attn",
-                    writers=(
-                        ("image", ("to_q", "to_k", "to_v")),
-                        ("text", ("add_q_proj", "add_k_proj", "add_v_proj")),
-                    ),
-                    readers=(("image", "to_out.0"), ("text", "to_add_out")),
-                    attends=((_BOTH, _BOTH),),
-                    untouched=FLUX_UNTOUCHED,
-                ),
+                FLUX.joint_attention(),
                 Neurons("ff", ("net.0.proj",), "net.2", "image"),
                 Neurons("ff_context", ("net.0.proj",), "net.2", "text"),
             ),
@@ -84,12 +64,11 @@ class FluxAdapter(Family):
         Blocks(
             "single_transformer_blocks.*",
             (
-                Heads(
+                FLUX.heads(
                     "attn",
                     writers=((_BOTH, ("to_q", "to_k", "to_v")),),
                     readers=((_BOTH, "/proj_out"),),
                     attends=((_BOTH, _BOTH),),
-                    untouched=FLUX_UNTOUCHED,
                 ),
                 Neurons(
                     "mlp", ("proj_mlp",), "proj_out", _BOTH, home_name=".",
@@ -100,26 +79,6 @@ class FluxAdapter(Family):
         ),
     )  # fmt: skip
 
-    def __init__(self, text_tokens: int = TEXT_TOKENS) -> None:
-        self.text_tokens = text_tokens
-
-    def tokens(self, denoiser: Denoiser) -> Mapping[str, int]:
-        return {"image": IMAGE_TOKENS, "text": self.text_tokens}
-
-    def latent_shape(self, denoiser: Denoiser) -> tuple[int, ...]:
-        return IMAGE_TOKENS, denoiser.config.in_channels
-
-    def check_inputs(
-        self, denoiser: Denoiser, latents: torch.Tensor, inputs: dict[str, Any]
-    ) -> None:
-        super().check_inputs(denoiser, latents, inputs)
-        check_positions(latents, inputs["img_ids"])
-
-    def given_timesteps(
-        self, denoiser: Denoiser, timesteps: torch.Tensor, latents: torch.Tensor
-    ) -> torch.Tensor:
-        return timesteps.to(latents.dtype) / 1000
-
     def arguments(
         self, denoiser: Denoiser, latents: torch.Tensor, inputs: Mapping[str, Any]
     ) -> dict[str, Any]:
@@ -127,11 +86,3 @@ class FluxAdapter(Family):
         if "txt_ids" not in found:  # as all its pipelines have it
             found["txt_ids"] = latents.new_zeros(found["encoder_hidden_states"].shape[1], 3)
         return found
-
-    def stand_in(
-        self, stage: Denoiser, layer: PrunableLayer, biases: Sequence[torch.Tensor | None]
-    ) -> nn.Module | None:
-        if layer.kind == "heads":
-            single = layer.name.startswith("single_")
-            return NoHeads() if single else joint_stand_in(stage, layer, biases)
-        return super().stand_in(stage, layer, biases)

@@ -89,10 +89,12 @@ class Condition:
 
     def rows(self, value: Any, count: int) -> torch.Tensor:
         """Return a value of a call with a row for each of its samples."""
+        tensor = value if torch.is_tensor(value) else torch.tensor(value)
         if self.per_call:
-            tensor = value if torch.is_tensor(value) else torch.tensor(value)
-            return tensor.detach().unsqueeze(0).expand(count, *tensor.shape).cpu()
-        return value.detach().cpu()
+            tensor = tensor.unsqueeze(0).expand(count, *tensor.shape)
+        if self.whole_numbers and tensor.is_floating_point():  # a mask may be in the latents' type
+            tensor = tensor.long()
+        return tensor.detach().cpu()
 
 
 def check_conditions(

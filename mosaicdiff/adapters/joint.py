@@ -55,6 +55,27 @@ def joint_stand_in(
     return JointBiasOnly(left[0], left[1] if len(left) > 1 else None)
 
 
+class NoHeads(StandIn):
+    """Stand for an attention without heads that leaves its output linear to the block.
+
+    It returns no columns: for what it is given alone, or for it and for the text beside it.
+    """
+
+    def biases(self) -> tuple[torch.Tensor | None, ...]:
+        return ()
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        image = hidden_states[..., :0]
+        if encoder_hidden_states is None:
+            return image
+        return image, encoder_hidden_states[..., :0]
+
+
 class JointBiasOnlyBlock(nn.Module):
     """Stand for a block whose attentions and FFNs are gone: their gated biases, nothing more.
 

@@ -10,8 +10,9 @@ from torch import nn
 
 from ..groups import Denoiser, PrunableLayer
 from ..pack import StageBuilder
+from .attentions import LTX
 from .declared import Family
-from .family import Blocks, Heads, Neurons
+from .family import Blocks, Neurons
 from .inputs import Condition
 
 #: What the pipeline pads a prompt to.
@@ -59,20 +60,6 @@ class KeptRotary(nn.Module):
         )
 
 
-def _heads(name: str, keys: str) -> Heads:
-    alone = (("image", ("to_q", "to_k", "to_v")),)
-    apart = (("image", ("to_q",)), (keys, ("to_k", "to_v")))
-    return Heads(
-        name,
-        writers=alone if keys == "image" else apart,
-        readers=(("image", "to_out.0"),),
-        attends=(("image", keys),),
-        per_column=("inner_dim", "inner_kv_dim"),
-        untouched=("head_dim", "query_dim", "cross_attention_dim", "out_dim"),
-        across=_ACROSS,
-    )
-
-
 class LTXAdapter(Family):
     """Remove heads of self- and of cross-attention and GELU neurons from every block.
 
@@ -111,8 +98,8 @@ class LTXAdapter(Family):
         Blocks(
             "transformer_blocks.*",
             (
-                _heads("attn1", "image"),
-                _heads("attn2", "text"),
+                LTX.self_attention("attn1", across=_ACROSS),
+                LTX.cross_attention("attn2", across=_ACROSS),
                 Neurons("ff", ("net.0.proj",), "net.2", "image"),
             ),
         ),

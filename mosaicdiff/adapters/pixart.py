@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ..groups import Denoiser
+from .attentions import LEGACY
 from .common import image_tokens
-from .declared import LEGACY_PER_COLUMN, LEGACY_PER_GROUP, LEGACY_UNTOUCHED, Family
-from .family import Blocks, Heads, Neurons
+from .declared import Family
+from .family import Blocks, Neurons
 from .inputs import Condition
 
 #: What the two pipelines pad a prompt to. What is pruned does not depend on it.
@@ -49,24 +50,8 @@ class PixArtAdapter(Family):
         Blocks(
             "transformer_blocks.*",
             (
-                Heads(
-                    "attn1",
-                    writers=(("image", ("to_q", "to_k", "to_v")),),
-                    readers=(("image", "to_out.0"),),
-                    attends=(("image", "image"),),
-                    per_group=LEGACY_PER_GROUP,
-                    per_column=LEGACY_PER_COLUMN,
-                    untouched=LEGACY_UNTOUCHED,
-                ),
-                Heads(
-                    "attn2",
-                    writers=(("image", ("to_q",)), ("text", ("to_k", "to_v"))),
-                    readers=(("image", "to_out.0"),),
-                    attends=(("image", "text"),),
-                    per_group=LEGACY_PER_GROUP,
-                    per_column=LEGACY_PER_COLUMN,
-                    untouched=LEGACY_UNTOUCHED,
-                ),
+                LEGACY.self_attention("attn1"),
+                LEGACY.cross_attention("attn2"),
                 Neurons("ff", ("net.0.proj",), "net.2", "image"),
             ),
         ),

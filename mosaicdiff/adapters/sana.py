@@ -10,9 +10,10 @@ from torch import nn
 
 from ..groups import Denoiser, PrunableLayer
 from ..pack import StandIn
+from .attentions import LEGACY
 from .common import image_tokens
-from .declared import LEGACY_PER_COLUMN, LEGACY_PER_GROUP, LEGACY_UNTOUCHED, Family
-from .family import Blocks, Heads, Neurons
+from .declared import Family
+from .family import Blocks, Neurons
 from .inputs import Condition
 
 #: What the pipeline pads a prompt to.
@@ -74,28 +75,8 @@ class SanaAdapter(Family):
         Blocks(
             "transformer_blocks.*",
             (
-                Heads(
-                    "attn1",
-                    writers=(("image", ("to_q", "to_k", "to_v")),),
-                    readers=(("image", "to_out.0"),),
-                    attends=(("image", "image"),),
-                    per_group=LEGACY_PER_GROUP,
-                    per_column=LEGACY_PER_COLUMN,
-                    untouched=LEGACY_UNTOUCHED,
-                    across=_ACROSS,
-                    linear=True,
-                ),
-                Heads(
-                    "attn2",
-                    writers=(("image", ("to_q",)), ("text", ("to_k", "to_v"))),
-                    readers=(("image", "to_out.0"),),
-                    attends=(("image", "text"),),
-                    per_group=LEGACY_PER_GROUP,
-                    per_column=LEGACY_PER_COLUMN,
-                    untouched=LEGACY_UNTOUCHED,
-                    width="cross_attention_head_dim",
-                    across=_ACROSS,
-                ),
+                LEGACY.self_attention("attn1", across=_ACROSS, linear=True),
+                LEGACY.cross_attention("attn2", width="cross_attention_head_dim", across=_ACROSS),
                 Neurons("ff", ("conv_inverted", "conv_depth"), "conv_point", "image"),
             ),
         ),

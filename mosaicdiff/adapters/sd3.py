@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 
 import torch
-from torch import nn
 
-from ..groups import Denoiser, PrunableLayer
+from ..groups import Denoiser
 from ..pack import BiasOnly, StageBuilder
+from .attentions import LEGACY
 from .common import image_tokens
-from .declared import LEGACY_PER_COLUMN, LEGACY_PER_GROUP, LEGACY_UNTOUCHED, Family
-from .family import Blocks, Heads, Neurons
+from .declared import Family
+from .family import Blocks, Neurons
 from .inputs import Condition
-from .joint import JointBiasOnly, JointBiasOnlyBlock, joint_stand_in, watch_streams
+from .joint import JointBiasOnly, JointBiasOnlyBlock, watch_streams
 
 #: Text tokens that costs are counted for: 77 of CLIP and 256 of T5, as `StableDiffusion3Pipeline`
 #: joins them by default. What is pruned does not depend on how many there are.
@@ -27,9 +27,6 @@ class SD3Adapter(Family):
     The null condition is the encodings of the empty prompt, which only the text encoders know:
     where the batches hold them as `negative_...`, `null_share` takes from those; where they do
     not, `null_share` must be 0.
-
-    Args:
-        text_tokens: that costs are counted for.
     """
 
     denoiser_class = "SD3Transformer2DModel"
@@ -48,6 +45,7 @@ class SD3Adapter(Family):
     )
     timestep_argument = ("timestep", 3)
     joint = True
+    joint_layers = ("attn",)
     sigma_scale = 1000.0
     watches_blocks = True
     conditions = (
@@ -58,45 +56,16 @@ class SD3Adapter(Family):
         Blocks(
             "transformer_blocks.*",
             (
-                Heads(
-                    "attn",
-                    writers=(
-                        ("image", ("to_q", "to_k", "to_v")),
-                        ("text", ("add_q_proj", "add_k_proj", "add_v_proj")),
-                    ),
-                    readers=(("image", "to_out.0"), ("text", "to_add_out")),
-                    attends=(("image+text", "image+text"),),
-                    per_group=LEGACY_PER_GROUP,
-                    per_column=LEGACY_PER_COLUMN,
-                    untouched=LEGACY_UNTOUCHED,
-                ),
-                Heads(
-                    "attn2",
-                    writers=(("image", ("to_q", "to_k", "to_v")),),
-                    readers=(("image", "to_out.0"),),
-                    attends=(("image", "image"),),
-                    per_group=LEGACY_PER_GROUP,
-                    per_column=LEGACY_PER_COLUMN,
-                    untouched=LEGACY_UNTOUCHED,
-                ),
+                LEGACY.joint_attention(),
+                LEGACY.self_attention("attn2"),
                 Neurons("ff", ("net.0.proj",), "net.2", "image"),
                 Neurons("ff_context", ("net.0.proj",), "net.2", "text"),
             ),
         ),
     )
 
-    def __init__(self, text_tokens: int = TEXT_TOKENS) -> None:
-        self.text_tokens = text_tokens
-
     def tokens(self, denoiser: Denoiser) -> Mapping[str, int]:
-        return {"image": image_tokens(denoiser), "text": self.text_tokens}
-
-    def stand_in(
-        self, stage: Denoiser, layer: PrunableLayer, biases: Sequence[torch.Tensor | None]
-    ) -> nn.Module | None:
-        if layer.name.endswith(".attn"):
-            return joint_stand_in(stage, layer, biases)
-        return super().stand_in(stage, layer, biases)
+        return {"image": image_tokens(denoiser), "text": TEXT_TOKENS}
 
     def simplify(self, builder: StageBuilder) -> None:
         for name, block in zip(

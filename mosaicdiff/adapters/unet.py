@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from ..groups import Denoiser
-from .declared import LEGACY_PER_COLUMN, LEGACY_PER_GROUP, LEGACY_UNTOUCHED, Family
-from .family import Blocks, Heads, Neurons
+from .attentions import LEGACY
+from .declared import Family
+from .family import Blocks, Neurons
 from .inputs import Condition
 
 #: Text tokens of CLIP.
@@ -19,31 +20,12 @@ TEXT_TOKENS = 77
 #: Numbers that SDXL is told of a picture's size and crop (its refiner: five).
 TIME_IDS = 6
 
-_PER_GROUP, _PER_COLUMN, _UNTOUCHED = LEGACY_PER_GROUP, LEGACY_PER_COLUMN, LEGACY_UNTOUCHED
 
 # `attention_head_dim` of these configurations is the number of heads, for each level or for all:
 # the width of a head is read off the projections.
 _LAYERS = (
-    Heads(
-        "attn1",
-        writers=(("image", ("to_q", "to_k", "to_v")),),
-        readers=(("image", "to_out.0"),),
-        attends=(("image", "image"),),
-        per_group=_PER_GROUP,
-        per_column=_PER_COLUMN,
-        untouched=_UNTOUCHED,
-        width="",
-    ),
-    Heads(
-        "attn2",
-        writers=(("image", ("to_q",)), ("text", ("to_k", "to_v"))),
-        readers=(("image", "to_out.0"),),
-        attends=(("image", "text"),),
-        per_group=_PER_GROUP,
-        per_column=_PER_COLUMN,
-        untouched=_UNTOUCHED,
-        width="",
-    ),
+    LEGACY.self_attention("attn1", width=""),
+    LEGACY.cross_attention("attn2", width=""),
     Neurons("ff", ("net.0.proj",), "net.2", "image"),
 )
 

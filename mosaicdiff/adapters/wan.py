@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from ..groups import Denoiser
+from .attentions import WAN
 from .declared import Family
-from .family import Blocks, Heads, Neurons
+from .family import Blocks, Neurons
 from .inputs import Condition
 
 #: What the pipelines pad a prompt to; the model takes it for given where a picture comes before.
@@ -24,26 +25,7 @@ PICTURE_TOKENS = 257
 _SIZES, _SIZES_48 = (21, 60, 104), (31, 44, 80)
 
 _PICTURE, _BESIDE = "encoder_hidden_states_image", "beside"
-
-
-def _heads(name: str, keys: str) -> Heads:
-    return Heads(
-        name,
-        writers=(
-            (("image", ("to_q", "to_k", "to_v")),)
-            if keys == "image"
-            else (
-                ("image", ("to_q",)),
-                (keys, ("to_k", "to_v")),
-                ("picture", ("add_k_proj", "add_v_proj")),
-            )
-        ),
-        readers=(("image", "to_out.0"),),
-        attends=(("image", keys),) if keys == "image" else (("image", keys), ("image", "picture")),
-        per_column=("inner_dim", "kv_inner_dim"),
-        untouched=("added_kv_proj_dim", "cross_attention_dim_head"),
-        across=(("norm_q", "to_q"), ("norm_k", "to_k"), ("norm_added_k", "add_k_proj")),
-    )
+_ACROSS = (("norm_q", "to_q"), ("norm_k", "to_k"), ("norm_added_k", "add_k_proj"))
 
 
 class WanAdapter(Family):
@@ -82,8 +64,10 @@ class WanAdapter(Family):
         Blocks(
             "blocks.*",
             (
-                _heads("attn1", "image"),
-                _heads("attn2", "text"),
+                WAN.self_attention("attn1", across=_ACROSS),
+                WAN.cross_attention(
+                    "attn2", beside=(("picture", ("add_k_proj", "add_v_proj")),), across=_ACROSS
+                ),
                 Neurons("ffn", ("net.0.proj",), "net.2", "image"),
             ),
         ),

@@ -59,7 +59,9 @@ def bench(
     dtype: str,
     as_json: bool,
 ) -> None:
-    """Time MODEL, a pruned folder or a configuration with random weights (dit-xl-2, dit-b-4).
+    """Time MODEL, a pruned folder or a configuration with random weights.
+
+    Configurations: dit-xl-2, dit-b-4, flux-dev, sd3.5-large.
 
     Dense and pruned run in turn, call by call, in the same execution mode. The efficiency is the
     speed-up divided by the ratio of MACs, attention products counted: 1 is what the arithmetic

@@ -65,7 +65,8 @@ def _print_families(out: Console, rows: tuple[Family, ...]) -> None:
     from rich.table import Table
 
     table = Table(title="families", show_lines=True)
-    for column in ("denoiser and its pipelines", "what goes", "q/k norms", "what stays"):
+    table.add_column("denoiser and its pipelines", no_wrap=True)
+    for column in ("what goes", "q/k norms", "what stays"):
         table.add_column(column)
     for row in rows:
         stays = list(dict.fromkeys(why.partition(":")[0] for _, why in row.stays))
@@ -82,11 +83,11 @@ def _print_model(out: Console, model: str, view: ModelView) -> None:
     from rich.table import Table
 
     if view.obstacle is not None:
-        out.print(f"{model}: {view.denoiser} cannot be pruned.", highlight=False)
-        out.print(view.obstacle, highlight=False, markup=False)
+        out.print(f"{model}: {view.denoiser} cannot be pruned.", highlight=False, soft_wrap=True)
+        out.print(view.obstacle, highlight=False, markup=False, soft_wrap=True)
         if view.found:
             counts = ", ".join(f"{count} {name}" for name, count in view.found.items())
-            out.print(f"A declaration would name: {counts}.", highlight=False)
+            out.print(f"A declaration would name: {counts}.", highlight=False, soft_wrap=True)
         return
     out.print(
         f"{model}: {view.denoiser}, {human_count(view.parameters)} parameters, "

@@ -84,14 +84,19 @@ def draw_stages(
 
     t = np.arange(1, len(schedule) + 1)
     score = schedule.score(power, snr_weight)
-    gradient = schedule.expected_gradient(power)
+    gradient = schedule.expected_gain(power)
     figure = Figure(figsize=(8, 6.5), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
     top.plot(t, schedule.expected_mse(power), color="black", label="E[MSE(t)] predicted")
     for (label, points), mark in zip(measured.items(), ("o", "x"), strict=False):
         top.plot(points[0] + 1, points[1], mark, ms=4, label=f"measured, {label}")
     top.set_ylabel("MSE of x_t to x_0")
-    bottom.plot(t, gradient / gradient.max(), color="#937860", label="E[Grad] / max")
+    bottom.plot(
+        t,
+        gradient / gradient.max(),
+        color="#937860",
+        label=f"E[Grad]{' by ln SNR' if schedule.flow else ''} / max",
+    )
     if snr_weight > 0:
         bottom.plot(t, snr_weight * schedule.log_snr, color="#64B5CD", label="lambda ln SNR")
     bottom.plot(t, score, color="black", label="score")

@@ -200,11 +200,21 @@ def _check_single_file(model: str, output: Path, overwrite: bool) -> None:
 
 
 def _check_layout(model: str, pipe: DiffusionPipeline) -> None:
-    """Refuse a file that the pruned model could not be written back as, before any work."""
-    from ..single_file import check_source
-    from ..sources import find_denoiser
+    """Refuse a file that the pruned model could not be written back as, before any work.
 
-    _, denoiser = find_denoiser(pipe)
+    Raises:
+        ValueError: it holds another model, or the pipeline has two denoisers.
+    """
+    from ..single_file import check_source
+    from ..sources import find_denoisers
+
+    parts = find_denoisers(pipe)
+    if len(parts) > 1:
+        raise ValueError(
+            f"--output must name a new folder for a pipeline with {len(parts)} denoisers "
+            f"({', '.join(part.name for part in parts)}): a single file holds one of them."
+        )
+    denoiser = parts[0].denoiser
     check_source(Path(model), type(denoiser).__name__, dict(denoiser.config))
 
 

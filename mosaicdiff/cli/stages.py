@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..trajectory.schedule import FLOW_SNR_WEIGHT, FLOW_THRESHOLD, SNR_WEIGHT, THRESHOLD
+from ..trajectory.schedulers import Sampling
 from .common import (
     console,
     examples,
@@ -16,20 +19,46 @@ from .common import (
     print_json,
 )
 
+if TYPE_CHECKING:
+    from ..sources import Component
+
 
 @click.command(
     epilog=examples(
         "mosaicdiff stages --schedule linear --threshold 0.5 --snr-weight 0",
         "mosaicdiff stages digits --steps 50 --plot stages.png",
+        "mosaicdiff stages --schedule flow --shift 3",
+        "mosaicdiff stages --schedule flow --shift dynamic --tokens 4096 --steps 28",
     )
 )
 @click.argument("model", required=False)
-@click.option("--schedule", help="linear, scaled_linear or squaredcos_cap_v2, instead of MODEL.")
 @click.option(
-    "--steps", default=50, show_default=True, help="Sampling steps (DDIM for --schedule)."
+    "--schedule", help="linear, scaled_linear, squaredcos_cap_v2 or flow, instead of MODEL."
 )
-@click.option("--threshold", default=0.55, show_default=True, help="M: where the middle begins.")
-@click.option("--snr-weight", default=0.01, show_default=True, help="lambda, weight of ln SNR.")
+@click.option(
+    "--steps", default=50, show_default=True,
+    help="Sampling steps (DDIM for --schedule, Euler for flow).",
+)  # fmt: skip
+@click.option(
+    "--shift",
+    default="1",
+    show_default=True,
+    help="Of --schedule flow: of the sampler's sigmas, or dynamic: by --tokens, as FLUX has it.",
+)
+@click.option("--tokens", type=int, help="Of an image, where the shift depends on the resolution.")
+@click.option(
+    "--threshold",
+    type=float,
+    help="M: where the middle begins.  "
+    f"[default: {THRESHOLD:g}; {FLOW_THRESHOLD:g} with flow matching]",
+)
+@click.option(
+    "--snr-weight",
+    type=float,
+    help="lambda, weight of ln SNR.  "
+    f"[default: {SNR_WEIGHT:g}; {FLOW_SNR_WEIGHT:g} with flow matching]",
+)
+@click.option("--component", help="Of a pipeline with two denoisers: the other than the first.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the curves into this file.")
 @pipeline_config_option
 @json_option
@@ -38,41 +67,52 @@ def stages(
     model: str | None,
     schedule: str | None,
     steps: int,
-    threshold: float,
-    snr_weight: float,
-    plot: Path | None,
+    shift: str,
+    tokens: int | None,
+    threshold: float | None,
+    snr_weight: float | None,
+    component: str | None,
     pipeline_config: str | None,
+    plot: Path | None,
     as_json: bool,
 ) -> None:
     """Divide the trajectory of MODEL, or of a named schedule, into stages.
 
     The score of a timestep is its normalised gain in MSE plus lambda ln SNR; the middle stage is
-    the run around the maximum with a score of at least M times the largest.
+    the run around the maximum with a score of at least M times the largest. With flow matching
+    the gain is by unit of ln SNR and not by timestep.
     """
     if (model is None) == (schedule is None):
         raise ValueError("stages: give either MODEL or --schedule, and not both.")
     from ..allocation.planning import step_scores
     from ..config import PruneConfig
     from ..trajectory.schedule import NoiseSchedule, step_log_snr
+    from ..trajectory.schedulers import start_steps
+    from ..trajectory.span import Span
     from ..trajectory.stages import divide, stage_means
     from .plots import check_plot_file, draw_stages
 
     PruneConfig(threshold=threshold, snr_weight=snr_weight, steps=steps)
     if plot is not None:
         check_plot_file(plot)
-    power, latents, denoiser = 1.0, None, None
+    sampling, span, latents, denoiser = Sampling(tokens), Span(), None, None
     if schedule is not None:
         noise = NoiseSchedule.named(schedule)
-        scheduler = _ddim(noise)
+        scheduler = _flow(shift) if noise.flow else _ddim(noise)
     else:
-        scheduler, latents, denoiser = _read_model(str(model), pipeline_config)
+        scheduler, latents, part = _read_model(str(model), component, pipeline_config)
+        denoiser, span = part.denoiser, part.span
         noise = NoiseSchedule.from_scheduler(scheduler)
-        if latents is not None:
-            power = float(latents.double().square().mean())
+        sampling = _sampling_of(denoiser, tokens)
+    power = noise.usual_power if latents is None else float(latents.double().square().mean())
+    threshold = noise.usual_threshold if threshold is None else threshold
+    snr_weight = noise.usual_snr_weight if snr_weight is None else snr_weight
     if steps > len(noise):
         raise ValueError(f"stages: --steps must be at most {len(noise)}, got {steps}.")
-    scheduler.set_timesteps(steps)
-    visited = step_log_snr(scheduler)
+    start_steps(scheduler, steps, sampling)
+    visited = step_log_snr(scheduler)[span.holds(scheduler.timesteps)]
+    if not len(visited):
+        raise ValueError(f"stages: --steps must reach the timesteps {span}, got {steps}.")
     division = divide(noise, power=power, threshold=threshold, snr_weight=snr_weight)
     counts = division.count_steps(visited)
     scores = step_scores(noise, visited, power, snr_weight)
@@ -93,6 +133,8 @@ def stages(
             "last_timestep": stage.last,
             "steps": count,
             "mean_score": means.get(stage.name),
+            "noisiest_log_snr": float(noise.log_snr[stage.last]),
+            "cleanest_log_snr": float(noise.log_snr[stage.first]),
         }
         for stage, count in zip(division.stages, counts, strict=True)
     ]
@@ -126,6 +168,32 @@ def _ddim(noise: Any) -> Any:
     return DDIMScheduler(num_train_timesteps=len(noise), trained_betas=betas.tolist())
 
 
+def _flow(shift: str) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    if shift == "dynamic":
+        return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    try:
+        value = float(shift)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise ValueError(f"--shift must be a number above 0, or dynamic, got {shift!r}.")
+    return FlowMatchEulerDiscreteScheduler(shift=value)
+
+
+def _sampling_of(denoiser: Any, tokens: int | None) -> Sampling:
+    """Return how the pipelines of a denoiser start their sampler; not of one without adapter."""
+    from ..adapters import adapter_for_class
+    from ..request import sampling_of
+    from ..runtime import StagedDenoiser
+
+    staged = isinstance(denoiser, StagedDenoiser)
+    name = denoiser.info.base_class if staged else type(denoiser).__name__
+    known = sampling_of(adapter_for_class(name), denoiser)
+    return known if tokens is None else replace(known, tokens=tokens)
+
+
 def _measure(noise: Any, latents: Any, denoiser: Any, scheduler: Any) -> dict[str, Any]:
     from .plots import measured_mse, trajectory_mse
 
@@ -135,19 +203,19 @@ def _measure(noise: Any, latents: Any, denoiser: Any, scheduler: Any) -> dict[st
     }
 
 
-def _read_model(model: str, place: str | None) -> tuple[Any, Any, Any]:
+def _read_model(model: str, component: str | None, place: str | None) -> tuple[Any, Any, Component]:
     """Return a model's scheduler, its latents where it carries its own data, and its denoiser."""
     import torch
 
     from ..inputs.load import load_calibration
-    from ..sources import DIGITS, find_denoiser, load_pipeline
+    from ..sources import DIGITS, find_component, load_pipeline
 
     pipe = load_pipeline(model, config=place)
     latents = None
     if model == DIGITS:
         latents = torch.cat([batch for batch, _ in load_calibration(None, pipe)])
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    return scheduler, latents, find_denoiser(pipe)[1]
+    return scheduler, latents, find_component(pipe, component)
 
 
 def _print_table(

@@ -2,34 +2,68 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import nn
 
 from ..adapters import adapter_for_class
 from ..config import PruneConfig
+from ..groups import Denoiser
 from ..pipeline import cut
 from ..runtime import StagedDenoiser
 
-#: DiT of Peebles & Xie (arXiv 2212.09748), table 1, at 256x256 pixels (latents 4x32x32).
+
+@dataclass(frozen=True)
+class Configuration:
+    """A published denoiser, without its weights.
+
+    Args:
+        denoiser_class: in diffusers.
+        config: what differs from the class's defaults.
+    """
+
+    denoiser_class: str
+    config: Mapping[str, Any]
+
+    def empty(self) -> Denoiser:
+        """Make the denoiser on the meta device."""
+        return adapter_for_class(self.denoiser_class).empty(dict(self.config))
+
+
+def _dit(layers: int, heads: int, width: int, patch: int) -> Configuration:
+    """A DiT of Peebles & Xie (arXiv 2212.09748), table 1, at 256x256 pixels (latents 4x32x32)."""
+    return Configuration(
+        "DiTTransformer2DModel",
+        {
+            "num_layers": layers, "num_attention_heads": heads, "attention_head_dim": width,
+            "patch_size": patch, "in_channels": 4, "out_channels": 8, "sample_size": 32,
+            "num_embeds_ada_norm": 1000,
+        },
+    )  # fmt: skip
+
+
+#: By name: the shapes of the configurations that were published with the weights.
 CONFIGURATIONS = {
-    "dit-xl-2": {
-        "num_layers": 28,
-        "num_attention_heads": 16,
-        "attention_head_dim": 72,
-        "patch_size": 2,
-    },
-    "dit-b-4": {
-        "num_layers": 12,
-        "num_attention_heads": 12,
-        "attention_head_dim": 64,
-        "patch_size": 4,
-    },
-}
-_COMMON = {"in_channels": 4, "out_channels": 8, "sample_size": 32, "num_embeds_ada_norm": 1000}
+    "dit-xl-2": _dit(28, 16, 72, 2),
+    "dit-b-4": _dit(12, 12, 64, 4),
+    # black-forest-labs/FLUX.1-dev: 19 blocks of two streams, 38 parallel ones, 24 heads of 128.
+    "flux-dev": Configuration("FluxTransformer2DModel", {"guidance_embeds": True}),
+    # stabilityai/stable-diffusion-3.5-large: 38 blocks, 38 heads of 64, norms of q and k.
+    "sd3.5-large": Configuration(
+        "SD3Transformer2DModel",
+        {
+            "num_layers": 38, "num_attention_heads": 38, "attention_head_dim": 64,
+            "caption_projection_dim": 2432, "pos_embed_max_size": 192, "qk_norm": "rms_norm",
+        },
+    ),
+}  # fmt: skip
 
 
-def random_denoiser(name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Make a dense denoiser of a named configuration, filled with small random numbers.
+def configuration(name: str) -> Configuration:
+    """Return a named configuration.
 
     Raises:
         ValueError: no such configuration.
@@ -38,7 +72,16 @@ def random_denoiser(name: str, device: torch.device, dtype: torch.dtype) -> nn.M
         raise ValueError(
             f"random_denoiser: name must be one of {', '.join(CONFIGURATIONS)}, got {name!r}."
         )
-    empty = adapter_for_class("DiTTransformer2DModel").empty(_COMMON | CONFIGURATIONS[name])
+    return CONFIGURATIONS[name]
+
+
+def random_denoiser(name: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Make a dense denoiser of a named configuration, filled with small random numbers.
+
+    Raises:
+        ValueError: no such configuration.
+    """
+    empty = configuration(name).empty()
     for module in empty.modules():
         for key, parameter in list(module._parameters.items()):
             if parameter is not None:
@@ -46,12 +89,20 @@ def random_denoiser(name: str, device: torch.device, dtype: torch.dtype) -> nn.M
                 module._parameters[key] = nn.Parameter(
                     value.uniform_(-0.02, 0.02), requires_grad=False
                 )
-    return empty.to(device=device, dtype=dtype).eval()
+    made: nn.Module = empty.to(device=device, dtype=dtype).eval()
+    return made
 
 
-def random_staged(denoiser: nn.Module, config: PruneConfig) -> StagedDenoiser:
-    """Cut a random denoiser as a configuration plans it, on the linear schedule."""
-    from diffusers import DDIMScheduler
+def random_staged(denoiser: Denoiser, config: PruneConfig) -> StagedDenoiser:
+    """Cut a denoiser as a configuration plans it, on the schedule usual for its family.
 
-    scheduler = DDIMScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
+    Flow matching with shift 3 where the family has no other (as of SD3), else the linear schedule.
+    The weights mean nothing, and may be on the meta device.
+    """
+    from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+
+    if adapter_for_class(type(denoiser).__name__).sigma_scale is None:
+        scheduler = DDIMScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
+    else:
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     return cut(denoiser, config, scheduler=scheduler)

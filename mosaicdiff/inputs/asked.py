@@ -120,7 +120,8 @@ def _read_captions(
     if condition_argument(type(pipeline).__call__) != "prompt":
         raise ValueError(
             "prune: prompts must be left out with activations='noised' for a class-conditional "
-            f"pipeline, whose sources hold labels, got {str(prompts):.60}."
+            f"pipeline, whose sources hold labels, got {str(prompts):.60}. Ask for "
+            "activations='trajectory' (--activations trajectory)."
         )
     return read_prompts(prompts, "prompt")
 
@@ -174,6 +175,7 @@ def read_data(
             options=options,
             steps=asked.config.steps,
             cache=asked.cache,
+            null=asked.config.activations == "noised" and asked.config.null_share > 0,
         )
     return CalibrationSet(calibration, adapter, denoiser, drawn=sized)
 

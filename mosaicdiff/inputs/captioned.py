@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..adapters import Adapter
+from ..adapters.inputs import NEGATIVE
 from ..distributed import World
 from .batching import halving
 from .cache import Batch, cache_folder, cache_key, read_cache, write_cache
@@ -19,6 +20,7 @@ from .captions import Captioned
 from .encoding import batch_rows, encode_pixels
 from .images import check_images, read_image, read_video
 from .recorder import Recorded, record_conditions
+from .resting import encoders_at_rest
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class TextInputs:
         options: of the pipeline's call: size, frames, guidance, lengths.
         steps: that are asked for.
         cache: whether what is encoded is kept in the user's cache folder, and taken from there.
+        null: whether a null condition is needed.
     """
 
     pipe: Any
@@ -40,12 +43,25 @@ class TextInputs:
     options: Mapping[str, Any] = field(default_factory=dict)
     steps: int = 2
     cache: bool = True
+    null: bool = False
 
     def record(self, texts: Sequence[str]) -> Recorded:
-        """Encode distinct texts; see `record_conditions`."""
-        return record_conditions(
+        """Encode distinct texts; see `record_conditions`.
+
+        Raises:
+            ValueError: a null condition is needed, but the pipeline is called without guidance.
+        """
+        recorded = record_conditions(
             self.pipe, self.denoisers, self.adapter, texts, self.options, self.steps
         )
+        if self.null and not any(name.startswith(NEGATIVE) for name in recorded.inputs):
+            raise ValueError(
+                f"calibration: null_share must be 0 where {type(self.pipe).__name__} is called "
+                "without a null condition, as it is by these options. Set null_share=0 "
+                "(--null-share 0), or turn its guidance on (--guidance-scale, or for distilled "
+                "models --pipeline-option true_cfg_scale=... with a negative_prompt)."
+            )
+        return recorded
 
 
 def encode_captioned(pairs: Sequence[Captioned], how: TextInputs) -> list[Batch]:
@@ -68,7 +84,7 @@ def encode_captioned(pairs: Sequence[Captioned], how: TextInputs) -> list[Batch]
     options = dict(how.options)
     if "num_frames" in inspect.signature(type(how.pipe).__call__).parameters:
         options.setdefault("num_frames", 1)
-    how = TextInputs(how.pipe, how.denoisers, how.adapter, options, how.steps, how.cache)
+    how = replace(how, options=options)
     if not how.cache:
         return list(_encoded(paths, captions, how))
     key = cache_key(how.pipe, paths, captions, options)
@@ -92,20 +108,23 @@ def _encoded(paths: Sequence[Path], captions: Sequence[str], how: TextInputs) ->
     size = recorded.size
     frames, height, width = size.get("num_frames", 1), size["height"], size["width"]
     count = batch_rows(frames, height, width)
-    for start in range(0, len(paths), count):
-        pixels = torch.stack(
-            [_pixels(how.pipe, path, size) for path in paths[start : start + count]]
+    with encoders_at_rest(how.pipe):
+        for start in range(0, len(paths), count):
+            pixels = [_pixels(how.pipe, path, size) for path in paths[start : start + count]]
+            parts = halving(lambda rows: encode_pixels(how.pipe, rows), torch.stack(pixels), count)
+            latents = torch.cat(list(parts))
+            _check_shape(tuple(latents.shape[1:]), recorded)
+            yield latents, _rows_of(recorded, distinct, captions[start : start + count])
+
+
+def _check_shape(found: tuple[int, ...], recorded: Recorded) -> None:
+    if found != recorded.latent_shape:
+        asked = " x ".join(str(size) for size in recorded.size.values())
+        raise ValueError(
+            "calibration: images must give latents as the pipeline prepares them, "
+            f"{recorded.latent_shape} for {asked}, got {found}. Choose a size that its VAE and "
+            "patches divide, or give latents in files."
         )
-        parts = list(halving(lambda rows: encode_pixels(how.pipe, rows), pixels, count))
-        latents = torch.cat(parts)
-        if tuple(latents.shape[1:]) != recorded.latent_shape:
-            raise ValueError(
-                f"calibration: images must give latents as the pipeline prepares them, "
-                f"{recorded.latent_shape} for {height} x {width}, got {tuple(latents.shape[1:])}. "
-                "Choose a height and width that its VAE and patches divide, or give latents in "
-                "files."
-            )
-        yield latents, _rows_of(recorded, distinct, captions[start : start + count])
 
 
 def _pixels(pipe: Any, path: Path, size: Mapping[str, int]) -> torch.Tensor:
@@ -129,7 +148,7 @@ def _rows_of(
     rows = torch.tensor([place[text] for text in texts])
     return {
         name: value.expand(len(rows), *value.shape[1:])
-        if name.startswith("negative_") and len(value) == 1
+        if name.startswith(NEGATIVE) and len(value) == 1
         else value[rows]
         for name, value in recorded.inputs.items()
     }

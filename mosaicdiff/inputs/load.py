@@ -33,6 +33,7 @@ def load_calibration(
     options: Mapping[str, Any] | None = None,
     steps: int = 2,
     cache: bool = True,
+    null: bool = False,
 ) -> list[Batch]:
     """Read calibration batches for a pipeline.
 
@@ -54,6 +55,7 @@ def load_calibration(
         steps: that it is then asked for.
         cache: whether encoded images and captions are kept in the user's cache folder
             (mosaicdiff/inputs in $XDG_CACHE_HOME or ~/.cache), and taken from there.
+        null: whether texts that are encoded need a null condition beside.
 
     Raises:
         ValueError: the source is missing, of another kind, or holds nothing.
@@ -83,7 +85,7 @@ def load_calibration(
         if not files:
             return list(_encode_folder(pipe, path))
     takes_text = find_condition(type(pipe).__call__) == "prompt"
-    how = TextInputs(pipe, denoisers, adapter, dict(options or {}), steps, cache)
+    how = TextInputs(pipe, denoisers, adapter, dict(options or {}), steps, cache, null)
     if files:
         return _read_files(files, adapter, names, prompts, how if takes_text else None)
     if not takes_text:

@@ -161,8 +161,7 @@ def _stand_in(denoiser: nn.Module, heard: _Run) -> Callable[..., _Output]:
     @functools.wraps(forward)
     def call(*args: Any, **kwargs: Any) -> _Output:
         given = dict(inspect.signature(forward).bind(denoiser, *args, **kwargs).arguments)
-        given.pop("self")
-        latents = next(iter(given.values()))
+        latents = next(value for name, value in given.items() if name != "self")
         heard.calls.append(given)
         heard.latents.append(latents)
         return _Output(torch.zeros_like(latents))

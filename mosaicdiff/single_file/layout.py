@@ -145,8 +145,9 @@ def _rows_of(name: str, converted: Any, shape: tuple[int, ...]) -> torch.Tensor:
     """
     if not isinstance(converted, torch.Tensor):
         raise ValueError(
-            f"single file: source must hold {name}, but it does not. "
-            "Name the file that the model was loaded from."
+            f"single file: source must hold {name}, but diffusers finds none there. Name the file "
+            "that the model was loaded from; a model that diffusers' from_single_file cannot read "
+            "is pruned as a folder."
         )
     rows = converted.reshape(len(converted) if converted.ndim else 1, -1)
     numbers = rows[:, 0].contiguous()

@@ -72,15 +72,15 @@ def load_single_file_pipeline(
     given = {key: None for key, value in index.items() if value in ([None, None], (None, None))}
     given |= components
     given[name] = _denoiser(file, class_name, place, name, dtype)
+    # By its own class: DiffusionPipeline's does not take a transformer that a class calls optional.
+    kind = getattr(diffusers, index["_class_name"])
     held = any(other.startswith(_OTHERS) for other in names)
     try:
         if held:
             given |= _lacking(index, given, names, place, dtype)
-            made = getattr(diffusers, index["_class_name"]).from_single_file(
-                str(file), config=place, dtype=dtype, **given
-            )
+            made = kind.from_single_file(str(file), config=place, dtype=dtype, **given)
         else:
-            made = DiffusionPipeline.from_pretrained(place, dtype=dtype, **given)
+            made = kind.from_pretrained(place, dtype=dtype, **given)
     except (OSError, SingleFileComponentError) as error:
         raise ValueError(
             f"load_single_file_pipeline: {file} and {place} must hold every component together, "

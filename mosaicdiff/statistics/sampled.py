@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..adapters.inputs import Condition
 from ..batch_errors import in_batch
 from ..distributed import World
 from ..groups import Denoiser
+from ..inputs.joining import joined
 from ..runtime import time_scale
 from ..trajectory.clock import StageClock
 from ..trajectory.weights import step_weights
@@ -108,8 +110,7 @@ class _Watch:
         if self.clock.latents is None or not self.conditions:
             return None
         latents = self.clock.latents[:rows].detach().float().cpu()
-        names = set.intersection(*(set(call) for call in self.conditions))
-        inputs = {name: torch.cat([call[name] for call in self.conditions]) for name in names}
+        inputs = joined([(call, {}) for call in self.conditions], self.job.adapter.conditions)
         total = min((len(value) for value in inputs.values()), default=rows)
         copies = total // len(latents)
         return latents.repeat(copies, *[1] * (latents.ndim - 1)), inputs
@@ -204,7 +205,20 @@ def sample_statistics(
     for _, batch in sorted(world.merged(kept).items(), key=lambda item: int(item[0])):
         if _rows(drawn) < wanted:
             drawn.append(batch)
-    return drawn
+    return _alike(drawn, job.adapter.conditions)
+
+
+def _alike(batches: list[Batch], conditions: Sequence[Condition]) -> list[Batch]:
+    """Pad the texts of all batches to one length: some pipelines pad those of a batch alone."""
+    if not batches:
+        return []
+    whole = joined([(inputs, {}) for _, inputs in batches], conditions)
+    found, first = [], 0
+    for latents, _ in batches:
+        rows = slice(first, first + len(latents))
+        found.append((latents, {name: value[rows] for name, value in whole.items()}))
+        first += len(latents)
+    return found
 
 
 def _rows(batches: Iterable[Batch]) -> int:

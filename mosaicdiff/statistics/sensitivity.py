@@ -95,7 +95,7 @@ class _Noisy:
     """A denoiser whose output carries white noise, the same at every call."""
 
     def __init__(self, denoiser: Denoiser, seed: int) -> None:
-        self.config = denoiser.config  # read by some adapters
+        self.config = denoiser.config  # adapters read it
         self._denoiser, self._generator = denoiser, torch.Generator().manual_seed(seed)
         self._noise: torch.Tensor | None = None
 

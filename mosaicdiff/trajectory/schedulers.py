@@ -253,7 +253,7 @@ def start_steps(scheduler: Any, steps: int, sampling: Sampling | None = None) ->
             )
         given["mu"] = shift_of(config, steps, sampling)
     if sampling.passes_sigmas and "sigmas" in takes and is_flow(scheduler):
-        given["sigmas"] = np.linspace(1.0, 1 / steps, steps).tolist()
+        given["sigmas"] = np.linspace(1.0, 1 / steps, steps)
     scheduler.set_timesteps(steps, **given)
 
 

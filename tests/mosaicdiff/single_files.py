@@ -207,6 +207,86 @@ def vae_tensors(state: dict[str, torch.Tensor], prefix: str = "first_stage_model
 
 def with_width(function, width: int):
     """Return diffusers' conversion of FLUX, which is for one width only, for another one."""
-    constants = tuple(width if c == 3072 else c for c in function.__code__.co_consts)
-    code = function.__code__.replace(co_consts=constants)
-    return types.FunctionType(code, function.__globals__, function.__name__)
+
+    def changed(code: types.CodeType) -> types.CodeType:
+        constants = (
+            changed(c) if isinstance(c, types.CodeType) else width if c == 3072 else c
+            for c in code.co_consts
+        )  # fmt: skip
+        return code.replace(co_consts=tuple(constants))
+
+    return types.FunctionType(changed(function.__code__), function.__globals__, function.__name__)
+
+
+def _renamed(state: dict[str, torch.Tensor], names: dict[str, str], prefix: str) -> dict:
+    """Rename by parts of names, the first that are listed first, each once."""
+    out = {}
+    for name, tensor in state.items():
+        padded = f".{name}"
+        for ours, theirs in names.items():
+            padded = padded.replace(f".{ours}.", f".\0{theirs}.").replace("\0", "")
+        out[prefix + padded[1:]] = tensor.contiguous()
+    assert len(out) == len(state)
+    return out
+
+
+def wan_tensors(state: dict[str, torch.Tensor], prefix: str = "") -> dict:
+    """Wan's own layout: its second and third norm are diffusers' third and second."""
+    embedder = "condition_embedder"
+    names = {
+        f"{embedder}.time_embedder.linear_1": "time_embedding.0",
+        f"{embedder}.time_embedder.linear_2": "time_embedding.2",
+        f"{embedder}.text_embedder.linear_1": "text_embedding.0",
+        f"{embedder}.text_embedder.linear_2": "text_embedding.2",
+        f"{embedder}.time_proj": "time_projection.1",
+        f"{embedder}.image_embedder.norm1": "img_emb.proj.0",
+        f"{embedder}.image_embedder.ff.net.0.proj": "img_emb.proj.1",
+        f"{embedder}.image_embedder.ff.net.2": "img_emb.proj.3",
+        f"{embedder}.image_embedder.norm2": "img_emb.proj.4",
+        "norm2": "norm3", "attn1": "self_attn", "attn2": "cross_attn",
+        "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o",
+        "add_k_proj": "k_img", "add_v_proj": "v_img", "norm_added_k": "norm_k_img",
+        "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2", "proj_out": "head.head",
+    }  # fmt: skip
+    out = _renamed(state, names, prefix)
+    for name in list(out):
+        if name.endswith("scale_shift_table"):
+            theirs = "head.modulation" if name == f"{prefix}scale_shift_table" else "modulation"
+            out[name.removesuffix("scale_shift_table") + theirs] = out.pop(name)
+    return out
+
+
+def ltx_tensors(state: dict[str, torch.Tensor], prefix: str = "model.diffusion_model.") -> dict:
+    """Lightricks' layout of LTX-Video."""
+    names = {"proj_in": "patchify_proj", "time_embed": "adaln_single", "norm_q": "q_norm",
+             "norm_k": "k_norm"}  # fmt: skip
+    return _renamed(state, names, prefix)
+
+
+def sana_tensors(state: dict[str, torch.Tensor], prefix: str = "") -> dict:
+    """NVIDIA's layout of Sana: q, k and v in one, k and v of the cross attention too."""
+    state, out = dict(state), {}
+    for i in {int(k.split(".")[1]) for k in state if k.startswith("transformer_blocks.")}:
+        ours, theirs = f"transformer_blocks.{i}", f"blocks.{i}"
+        fused = [state.pop(f"{ours}.attn1.to_{letter}.weight") for letter in "qkv"]
+        out[f"{theirs}.attn.qkv.weight"] = torch.cat(fused)
+        for part in ("weight", "bias"):
+            pair = [state.pop(f"{ours}.attn2.to_{letter}.{part}") for letter in "kv"]
+            out[f"{theirs}.cross_attn.kv_linear.{part}"] = torch.cat(pair)
+    names = {
+        "patch_embed.proj": "x_embedder.proj", "transformer_blocks": "blocks",
+        "time_embed.emb.timestep_embedder.linear_1": "t_embedder.mlp.0",
+        "time_embed.emb.timestep_embedder.linear_2": "t_embedder.mlp.2",
+        "time_embed.linear": "t_block.1", "caption_norm": "attention_y_norm",
+        "caption_projection.linear_1": "y_embedder.y_proj.fc1",
+        "caption_projection.linear_2": "y_embedder.y_proj.fc2",
+        "attn1.to_out.0": "attn.proj", "attn2.to_q": "cross_attn.q_linear",
+        "attn2.to_out.0": "cross_attn.proj", "ff.conv_inverted": "mlp.inverted_conv.conv",
+        "ff.conv_depth": "mlp.depth_conv.conv", "ff.conv_point": "mlp.point_conv.conv",
+        "proj_out": "final_layer.linear",
+    }  # fmt: skip
+    out |= _renamed(state, names, "")
+    out["final_layer.scale_shift_table"] = out.pop("scale_shift_table")
+    # Of no use to diffusers, but it looks for them.
+    out |= {"pos_embed": torch.ones(1, 4, 8), "y_embedder.y_embedding": torch.ones(3, 8)}
+    return {prefix + name: tensor.contiguous() for name, tensor in out.items()}

@@ -32,12 +32,12 @@ def collect(denoiser, **config):
 def test_statistics_equal_recorded_activations():
     denoiser = tiny_denoiser()
     seen: dict[str, list] = {}
-    names = [layer.readers[0] for layer in adapter_for(denoiser).layers(denoiser)]
+    names = [layer.readers[0].name for layer in adapter_for(denoiser).layers(denoiser)]
     with capture_inputs(denoiser, names, lambda n, x: seen.setdefault(n, []).append(x)):
         layers, bank = collect(denoiser)
     for layer in layers:
         x = torch.cat([t.reshape(-1, t.shape[-1]) for t in seen[layer.readers[0].name]]).double()
-        got = bank.finalize(layer.readers[0])
+        got = bank.finalize(layer.readers[0].name)
         assert got.weight == len(x) == 40 * 16
         torch.testing.assert_close(got.hessian.double(), x.T @ x / len(x), rtol=1e-4, atol=1e-6)
 
@@ -86,7 +86,7 @@ def test_noise_is_that_of_the_scheduler():
 
 def test_hooks_go_whatever_happens():
     denoiser = tiny_denoiser()
-    name = adapter_for(denoiser).layers(denoiser)[0].readers[0]
+    name = adapter_for(denoiser).layers(denoiser)[0].readers[0].name
     with pytest.raises(KeyboardInterrupt), capture_inputs(denoiser, [name], lambda n, x: None):
         raise KeyboardInterrupt
     assert not denoiser.get_submodule(name)._forward_pre_hooks

@@ -25,6 +25,7 @@ from mosaicdiff.trajectory.schedule import (
     NoiseSchedule,
     step_log_snr,
 )
+from mosaicdiff.trajectory.schedulers import Sampling
 from mosaicdiff.trajectory.stages import divide
 
 
@@ -162,20 +163,51 @@ def test_noised_latents_are_those_of_the_flow_scheduler():
     assert torch.allclose(ours, theirs, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "shift, names",
-    [(1.0, ["middle", "late"]), (3.0, ["early", "middle", "late"])],
-)
-def test_flow_divides_by_the_closed_form(shift, names):
-    """E[Grad] is 2 (1 + P) sigma d sigma: it falls nowhere without shift, at k / T = 1/4 with 3."""
+@pytest.mark.parametrize("shift", [1.0, 3.0, 7.0])
+def test_flow_is_scored_by_unit_of_log_snr(shift):
+    """By timestep E[Grad] is (1 + P) d sigma^2, whose peak a shift moves; by ln SNR it stays."""
     schedule = NoiseSchedule.from_scheduler(FlowMatchEulerDiscreteScheduler(shift=shift))
     sigma = schedule.noise
     expected = 1.7 * np.diff(sigma**2, prepend=0.0)
     np.testing.assert_allclose(schedule.expected_gradient(0.7), expected, atol=1e-12)
-    if shift == 3.0:
-        assert abs(schedule.expected_gradient().argmax() / 1000 - 0.25) < 0.002
-    division = divide(schedule)
-    assert [stage.name for stage in division.stages] == names
+    closed = 1.7 * sigma**2 * (1 - sigma)
+    gain = schedule.expected_gain(0.7)
+    np.testing.assert_allclose(gain[20:-20], closed[20:-20], rtol=0.05, atol=2e-3)
+    assert sigma[gain.argmax()] == pytest.approx(2 / 3, abs=0.01)
+    assert gain[-1] == 0.0 and np.isfinite(schedule.score()).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"shift": 3.0},
+        {"shift": 12.0},
+        {"use_dynamic_shifting": True},
+        {"shift": 3.0, "invert_sigmas": True},
+    ],
+)
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+def test_flow_has_three_stages_at_one_place_whatever_the_shift(options, power):
+    scheduler = FlowMatchEulerDiscreteScheduler(**options)
+    division = divide(NoiseSchedule.from_scheduler(scheduler), power=power)
+    assert [stage.name for stage in division.stages] == ["early", "middle", "late"]
+    cuts = 1 / (1 + np.exp(np.asarray(division.boundaries) / 2))
+    # E[MSE] = (1 + P) sigma^2: the power is a factor, and changes nothing.
+    np.testing.assert_allclose(cuts, [0.861, 0.303], atol=0.006)
+    tokens = Sampling(tokens=4096)
+    frame = make_frame(scheduler, PruneConfig(steps=28), power, tokens)
+    assert len(frame.steps) == 3 and min(frame.steps) >= 1 and sum(frame.steps) == 28
+
+
+def test_a_dynamic_shift_moves_the_steps_as_a_static_one_of_the_same_size():
+    dynamic = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    static = FlowMatchEulerDiscreteScheduler(shift=float(np.exp(1.15)))
+    config = PruneConfig(steps=28)
+    sampling = Sampling(tokens=4096, passes_sigmas=True)
+    frames = [make_frame(s, config, None, sampling) for s in (dynamic, static)]
+    np.testing.assert_allclose(frames[0].visited, frames[1].visited, atol=1e-4)
+    assert frames[0].steps == frames[1].steps
 
 
 @pytest.mark.parametrize(

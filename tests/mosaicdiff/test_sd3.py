@@ -248,7 +248,7 @@ def test_macs_of_sd3_medium():
             "pos_embed_max_size": 192,
         }
     )  # fmt: skip
-    assert adapter.text_tokens == TEXT_TOKENS == 77 + 256
+    assert adapter.tokens(medium)["text"] == TEXT_TOKENS == 77 + 256
     assert sum(p.numel() for p in medium.parameters()) == 2028328000
     macs = adapter.macs(medium)
     tokens = 4096 + TEXT_TOKENS

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mosaicdiff import PruneConfig, StagedDenoiser, prune
+from mosaicdiff import PruneConfig, StagedDenoiser, calibrate, prune
 from mosaicdiff.adapters import adapter_for
 from mosaicdiff.pipeline import cut
 from mosaicdiff.report import report_from_dict
@@ -157,3 +157,18 @@ def test_refused_where_there_are_none():
         PruneConfig(shared_norms="near")
     with pytest.raises(ValueError, match="shared_norms must be left out with granularity"):
         PruneConfig(shared_norms="approximate", granularity="unstructured")
+
+
+def test_without_latents_the_error_cannot_be_measured():
+    dense, (latents, _, inputs) = cases_b.tiny_wan(), cases_b.wan_batch(8)
+    config = PruneConfig(**SMALL | {"stages": 1})
+    measured = calibrate(dense, config, scheduler=flow_scheduler(), calibration=[(latents, inputs)])
+    config = replace(config, shared_norms="approximate")
+    with pytest.raises(ValueError, match="calibration must be given with shared_norms='approx"):
+        prune(dense, config, scheduler=flow_scheduler(), measured=measured)
+    # Statistics are of what the readers see, which does not depend on the norms' form.
+    report = prune(
+        dense, config, scheduler=flow_scheduler(), measured=measured,
+        calibration=[(latents, inputs)],
+    ).report  # fmt: skip
+    assert 0 < report.stages[0].norm_error < 1

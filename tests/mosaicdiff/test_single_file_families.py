@@ -8,7 +8,17 @@ from safetensors.torch import load_file
 from mosaicdiff import load_single_file, save_single_file
 
 from .family_cases import CASES
-from .single_files import flux_tensors, sd3_tensors, unet_tensors, with_width, write_single_file
+from .single_files import (
+    flux_tensors,
+    ltx_tensors,
+    sana_tensors,
+    sd3_tensors,
+    unet_tensors,
+    wan_tensors,
+    with_width,
+    write_single_file,
+)
+from .single_files_joint import flux2_tensors, hunyuan_tensors
 from .test_families import call, staged_of, uneven
 
 WRITERS = {
@@ -18,14 +28,22 @@ WRITERS = {
     "flux-schnell": flux_tensors,
     "sd1.5": lambda state: unet_tensors(state, layers=1),
     "sdxl": lambda state: unet_tensors(state, layers=1),
+    "wan": wan_tensors,
+    "wan-picture": wan_tensors,
+    "flux.2": flux2_tensors,
+    "hunyuan-video": hunyuan_tensors,
+    "qwen-image": dict,
+    "sana": sana_tensors,
+    "ltx": ltx_tensors,
 }
 
 
 @pytest.fixture(params=WRITERS)
 def case(request, monkeypatch):
-    if request.param.startswith("flux"):
-        entry = SINGLE_FILE_LOADABLE_CLASSES["FluxTransformer2DModel"]
-        width = CASES[request.param].make().inner_dim
+    if request.param in ("flux", "flux-schnell", "hunyuan-video"):
+        model = CASES[request.param].make()
+        entry = SINGLE_FILE_LOADABLE_CLASSES[type(model).__name__]
+        width = model.single_transformer_blocks[0].attn.to_q.in_features
         monkeypatch.setitem(
             entry, "checkpoint_mapping_fn", with_width(entry["checkpoint_mapping_fn"], width)
         )
@@ -71,6 +89,14 @@ def test_cut_and_read_back_is_the_same(case, tmp_path, stages, refit):
     else:
         own = {n.split(".", 3)[3] for n in held if n.startswith("mosaicdiff.stage.1.")}
         assert own and own <= set(names)
+
+
+def test_what_diffusers_does_not_convert_is_refused(tmp_path):
+    """diffusers leaves the norms of Sana 1.5 in the file, for itself too."""
+    dense = CASES["sana1.5"].make()
+    source = write_single_file(tmp_path / "dense.safetensors", sana_tensors(dense.state_dict()))
+    with pytest.raises(ValueError, match="must hold .*norm_q.weight.*is pruned as a folder"):
+        save_single_file(cut("sana1.5", 1, True), tmp_path / "pruned.safetensors", source=source)
 
 
 def test_packed_linears_of_flux_keep_their_order(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Whole pipelines from single files, dense and pruned, and the command line on them."""
 
+import json
 import shutil
 
 import pytest
@@ -10,7 +11,14 @@ import mosaicdiff
 from mosaicdiff import StagedDenoiser, load_single_file, load_single_file_pipeline
 
 from .commands import refused, run, run_json
-from .single_files import sd3_tensors, vae_tensors, write_single_file
+from .single_files import (
+    sd3_tensors,
+    unet_tensors,
+    vae_tensors,
+    wan_tensors,
+    write_single_file,
+)
+from .tiny_pipelines import PIPELINES
 
 SHORT = ("--pipeline-option", "max_sequence_length=8")
 FAST = ("--activations", "trajectory", "--steps", 4, "--trajectories", 4, "--trajectory-batch", 2,
@@ -139,6 +147,17 @@ def test_mistakes_are_refused_before_any_work(tiny_sd3_folder, place, tmp_path):
     refused("a folder or a .safetensors, but there is none", "info", tmp_path / "no.safetensors")
 
 
+def test_one_file_for_two_denoisers_is_refused(tmp_path):
+    pipe = PIPELINES["wan-2"].whole(tmp_path / "words")
+    pipe.save_pretrained(tmp_path / "folder")
+    source = write_single_file(
+        tmp_path / "high.safetensors", wan_tensors(pipe.transformer.state_dict()), others=False
+    )
+    refused("must name a new folder for a pipeline with 2 denoisers", "prune", source,
+            "--pipeline-config", tmp_path / "folder", "--output", tmp_path / "out.safetensors",
+            "--calibration", source)  # fmt: skip
+
+
 def test_a_file_of_another_model_is_refused(place, tmp_path, tiny):
     held = load_file(place / "whole.safetensors")
     name = "model.diffusion_model.joint_blocks.1.x_block.mlp.fc1.weight"
@@ -156,3 +175,36 @@ def test_a_file_of_another_model_is_refused(place, tmp_path, tiny):
 def test_a_pruned_file_of_another_family_is_refused(pruned, tiny):
     with pytest.raises(ValueError, match="SD3Transformer2DModel, got one with DiTTransformer2DM"):
         load_single_file_pipeline(pruned[0], tiny.folder)
+
+
+@pytest.mark.parametrize(
+    "name, write",
+    [("sdxl", lambda state: unet_tensors(state, layers=1)), ("wan", wan_tensors)],
+)
+def test_other_families_from_file_to_file(tmp_path, name, write):
+    """A file with a VAE in it (SDXL), and one of the denoiser alone (Wan)."""
+    tiny = PIPELINES[name]
+    pipe = tiny.whole(tmp_path / "words")
+    pipe.save_pretrained(tmp_path / "folder")
+    held = write(getattr(pipe, tiny.component).state_dict())
+    if name == "sdxl":
+        held |= vae_tensors(pipe.vae.state_dict())
+        (tmp_path / "folder" / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    (tmp_path / "folder" / tiny.component / "diffusion_pytorch_model.safetensors").unlink()
+    source = write_single_file(tmp_path / "dense.safetensors", held, others=False)
+    dense = mosaicdiff.load_pipeline(source, config=tmp_path / "folder")
+    assert (tiny.sample(dense) - tiny.sample(pipe)).abs().max() < 1e-5
+    output = tmp_path / "pruned.safetensors"
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    options = [f"{key}={json.dumps(value)}" for key, value in tiny.options.items()]
+    report = run_json(
+        "prune", source, "--pipeline-config", tmp_path / "folder", "--output", output,
+        "--prompts", tmp_path / "prompts.txt", "--activations", "trajectory", "--steps", 4,
+        "--trajectories", 2, "--trajectory-batch", 1, "--sparsity", "30%",
+        *(word for option in options for word in ("--pipeline-option", option)),
+    )  # fmt: skip
+    assert report["sparsity"] == pytest.approx(0.3, abs=0.03)
+    pruned = mosaicdiff.load_pipeline(output)
+    assert isinstance(getattr(pruned, tiny.component), StagedDenoiser)
+    drawn = tiny.sample(pruned)
+    assert torch.isfinite(drawn).all() and not torch.equal(drawn, tiny.sample(dense))

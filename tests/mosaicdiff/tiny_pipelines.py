@@ -6,6 +6,7 @@ words as a real one is; each samples a few steps in well under two seconds.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,12 +16,7 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
-    DDIMScheduler,
     DiffusionPipeline,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    FlowMatchHeunDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
     PixArtAlphaPipeline,
@@ -31,7 +27,6 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
-    UniPCMultistepScheduler,
 )
 from transformers import CLIPTextModel
 
@@ -45,6 +40,16 @@ from .text_models import (
     whole_sd3,
     word_tokenizer,
 )
+from .tiny_schedulers import (
+    ddim,
+    dpm,
+    euler,
+    flow_dpm,
+    flow_dynamic,
+    flow_euler,
+    flow_heun,
+    flow_unipc,
+)
 from .tiny_videos import (
     qwen_image,
     settle,
@@ -57,44 +62,6 @@ from .tiny_videos import (
 
 Scheduler = Callable[[], Any]
 
-_DIFFUSION = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-
-
-def ddim() -> DDIMScheduler:
-    return DDIMScheduler(**_DIFFUSION, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-
-
-def euler() -> EulerDiscreteScheduler:
-    return EulerDiscreteScheduler(**_DIFFUSION)
-
-
-def dpm() -> DPMSolverMultistepScheduler:
-    return DPMSolverMultistepScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
-
-
-def flow_euler() -> FlowMatchEulerDiscreteScheduler:
-    return FlowMatchEulerDiscreteScheduler(shift=3.0)
-
-
-def flow_dynamic() -> FlowMatchEulerDiscreteScheduler:
-    return FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
-
-
-def flow_heun() -> FlowMatchHeunDiscreteScheduler:
-    return FlowMatchHeunDiscreteScheduler(shift=3.0)
-
-
-def flow_unipc() -> UniPCMultistepScheduler:
-    return UniPCMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-    )
-
-
-def flow_dpm() -> DPMSolverMultistepScheduler:
-    return DPMSolverMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-    )
-
 
 @dataclass(frozen=True)
 class TinyPipeline:
@@ -104,13 +71,15 @@ class TinyPipeline:
         make: the whole pipeline, given a folder for its vocabularies.
         schedulers: two or more that suit it; the first is the pipeline's own.
         options: of its call, for a quick picture.
-        component: where the denoiser is.
+        denoiser_class: of the denoiser.
+        component: where it is.
         frames: whether it draws videos, whose pictures are called frames.
     """
 
     make: Callable[[Path], DiffusionPipeline]
     schedulers: tuple[Scheduler, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
+    denoiser_class: str = ""
     component: str = "transformer"
     frames: bool = False
 
@@ -348,32 +317,46 @@ _VIDEO = {"height": 16, "width": 16, "num_frames": 5, "max_sequence_length": 8}
 
 #: Every family that is made here, by a short name.
 PIPELINES: dict[str, TinyPipeline] = {
-    "sd15": TinyPipeline(sd15, (ddim, euler), component="unet"),
-    "sdxl": TinyPipeline(sdxl, (euler, ddim), component="unet"),
-    "sd3": TinyPipeline(sd3, (flow_euler, flow_heun), {"max_sequence_length": 8}),
-    "flux": TinyPipeline(flux, (flow_dynamic, flow_unipc), {**_SMALL, "max_sequence_length": 8}),
-    "pixart-alpha": TinyPipeline(
-        _pixart(PixArtAlphaPipeline, True), (dpm, ddim), {**_SMALL, **_CLEAN}
+    "sd15": TinyPipeline(sd15, (ddim, euler), {}, "UNet2DConditionModel", "unet"),
+    "sdxl": TinyPipeline(sdxl, (euler, ddim), {}, "UNet2DConditionModel", "unet"),
+    "sd3": TinyPipeline(
+        sd3, (flow_euler, flow_heun), {"max_sequence_length": 8}, "SD3Transformer2DModel"
     ),
-    "pixart-sigma": TinyPipeline(_pixart(PixArtSigmaPipeline, False), (dpm, ddim), _CLEAN),
+    "flux": TinyPipeline(
+        flux, (flow_dynamic, flow_unipc), {**_SMALL, "max_sequence_length": 8},
+        "FluxTransformer2DModel",
+    ),
+    "pixart-alpha": TinyPipeline(
+        _pixart(PixArtAlphaPipeline, True), (dpm, ddim), {**_SMALL, **_CLEAN},
+        "PixArtTransformer2DModel",
+    ),
+    "pixart-sigma": TinyPipeline(
+        _pixart(PixArtSigmaPipeline, False), (dpm, ddim), _CLEAN, "PixArtTransformer2DModel"
+    ),
     "sana": TinyPipeline(
         sana,
         (flow_dpm, flow_euler),
         {**_CLEAN, "height": 32, "width": 32, "complex_human_instruction": None},
+        "SanaTransformer2DModel",
     ),
     "qwen-image": TinyPipeline(
         qwen_image,
         (flow_dynamic, flow_euler),
         {**_SMALL, "max_sequence_length": 8, "negative_prompt": "b", "true_cfg_scale": 3.0},
+        "QwenImageTransformer2DModel",
     ),
-    "wan": TinyPipeline(whole_wan, (flow_unipc, flow_euler), _VIDEO, frames=True),
+    "wan": TinyPipeline(
+        whole_wan, (flow_unipc, flow_euler), _VIDEO, "WanTransformer3DModel", frames=True
+    ),
     "wan-2": TinyPipeline(
-        lambda folder: whole_wan(folder, two=True), (flow_unipc, flow_euler), _VIDEO, frames=True
+        functools.partial(whole_wan, two=True), (flow_unipc, flow_euler), _VIDEO,
+        "WanTransformer3DModel", frames=True,
     ),
     "ltx": TinyPipeline(
-        whole_ltx, (flow_euler, flow_dynamic), {**_VIDEO, "height": 32, "width": 32}, frames=True
+        whole_ltx, (flow_euler, flow_dynamic), {**_VIDEO, "height": 32, "width": 32},
+        "LTXVideoTransformer3DModel", frames=True,
     ),
-}
+}  # fmt: skip
 
 __all__ = [
     "PIPELINES",

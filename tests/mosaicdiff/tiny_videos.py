@@ -48,7 +48,7 @@ def tiny_wan(seed: int = 31) -> WanTransformer3DModel:
             freq_dim=16,
             ffn_dim=40,
             num_layers=3,
-            rope_max_seq_len=32,
+            rope_max_seq_len=64,
         )
     )
 

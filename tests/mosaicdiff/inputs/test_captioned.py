@@ -12,10 +12,12 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file, save_file
 
 import mosaicdiff
+from mosaicdiff import PruneConfig
 from mosaicdiff.inputs.cache import cache_folder
 from mosaicdiff.inputs.load import load_calibration
 
 from ..commands import kept_counts, refused, run_json, weights_file
+from ..tiny_pipelines import PIPELINES
 
 CAPTIONS = ["a cat", "a dog", "zzz 9", "a cat", "b", "a dog 7"]
 SMALL = ("--samples", 16, "--steps", 4, "--stages", 1, "--allocation", "uniform")
@@ -244,3 +246,35 @@ def test_sizes_of_ones_own(tiny_sd3_folder, captioned, tmp_path):
         captioned, pipe, options={"height": 8, "width": 12, "max_sequence_length": 8}
     )
     assert latents.shape == (6, 2, 8, 12)
+
+
+def test_a_pipeline_without_a_null_condition_says_so_before_images_are_encoded(
+    captioned, tmp_path, monkeypatch
+):
+    tiny = PIPELINES["flux"]
+    pipe = tiny.whole(tmp_path / "words")
+    monkeypatch.setattr(type(pipe.vae), "encode", None)
+    config = PruneConfig(steps=3, trajectory={"options": dict(tiny.options)})
+    with pytest.raises(ValueError, match="null_share must be 0 where FluxPipeline is called with"):
+        mosaicdiff.prune(pipe, config, calibration=captioned)
+
+
+def test_videos_that_move_and_pictures_as_videos_of_one_frame(tmp_path):
+    tiny = PIPELINES["wan"]
+    pipe = tiny.whole(tmp_path / "words")
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for number in range(3):
+        frames = [Image.new("RGB", (16, 16), (40 * number, 50 * f, 9)) for f in range(6)]
+        frames[0].save(folder / f"{number}.gif", save_all=True, append_images=frames[1:])
+        (folder / f"{number}.txt").write_text(f"a cat {number}")
+    options = dict(tiny.options)
+    ((latents, inputs),) = load_calibration(folder, pipe, options=options)
+    assert latents.shape == (3, 4, 3, 8, 8)  # 5 frames are 3 of latents
+    assert (latents[:, :, 1] - latents[:, :, 0]).abs().max() > 1e-3
+    assert inputs["negative_encoder_hidden_states"].shape == (3, 8, 12)
+    del options["num_frames"]
+    ((still, _),) = load_calibration(folder, pipe, options=options)
+    assert still.shape == (3, 4, 1, 8, 8)
+    with pytest.raises(ValueError, match="must have 9 frames, got 6. Ask for fewer"):
+        load_calibration(folder, pipe, options=options | {"num_frames": 9})

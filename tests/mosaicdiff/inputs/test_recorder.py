@@ -6,51 +6,25 @@ import inspect
 import pytest
 import torch
 
-from mosaicdiff.adapters.inputs import Condition
+from mosaicdiff.adapters import DENOISER_CLASSES, adapter_for
 from mosaicdiff.inputs.recorder import record_conditions
 from mosaicdiff.statistics.prompts import call_options
 from mosaicdiff.trajectory_config import TrajectoryConfig
 
 from ..tiny_pipelines import PIPELINES
 
-TEXT = Condition("encoder_hidden_states", ("text", "joint_attention_dim"))
-MASKS = (
-    Condition("encoder_attention_mask", ("text",), whole_numbers=True, optional=True),
-    Condition("encoder_hidden_states_mask", ("text",), whole_numbers=True, optional=True),
-)
-POOLED = Condition("pooled_projections", ("pooled_projection_dim",), optional=True)
-ONCE = {"null": False, "optional": True}
-OTHERS = (
-    Condition("added_cond_kwargs.text_embeds", ("pooled",), optional=True),
-    Condition("added_cond_kwargs.time_ids", (6,), **ONCE),
-    Condition("added_cond_kwargs.resolution", (2,), **ONCE),
-    Condition("guidance", (), **ONCE),
-    Condition("img_ids", ("image", 3), per_call=True, **ONCE),
-    Condition("num_frames", (), per_call=True, number=int, **ONCE),
-)
-
-
-class Everything:
-    """What any denoiser is conditioned on, by its arguments' names."""
-
-    conditions = (TEXT, *MASKS, POOLED, *OTHERS)
-
-    def conditions_of(self, arguments):
-        count = len(next(v for k, v in arguments.items() if k != "self"))
-        found = {c.name: (c, c.find(arguments)) for c in self.conditions}
-        return {n: c.rows(v, count) for n, (c, v) in found.items() if v is not None}
-
-
+#: Families that can be pruned.
+KNOWN = [name for name, tiny in PIPELINES.items() if tiny.denoiser_class in DENOISER_CLASSES]
 TEXTS = ["a cat", "zzz 9", "a dog b"]
 
 
-@pytest.fixture(params=PIPELINES)
+@pytest.fixture(params=KNOWN)
 def whole(request, tmp_path):
     tiny = PIPELINES[request.param]
     pipe = tiny.whole(tmp_path / "words")
     denoiser = getattr(pipe, tiny.component)
     options = call_options(type(pipe).__call__, TrajectoryConfig(options=tiny.options))
-    return tiny, pipe, denoiser, Everything(), options
+    return tiny, pipe, denoiser, adapter_for(denoiser), options
 
 
 def real_calls(tiny, pipe, denoiser, text):
@@ -109,7 +83,7 @@ def sdxl(tmp_path):
 def record(pipe, texts=TEXTS, **options):
     config = TrajectoryConfig(options=options)
     given = call_options(type(pipe).__call__, config)
-    return record_conditions(pipe, [pipe.unet], Everything(), texts, given, steps=2)
+    return record_conditions(pipe, [pipe.unet], adapter_for(pipe.unet), texts, given, steps=2)
 
 
 def test_texts_are_encoded_once_and_the_denoiser_does_not_run(sdxl):
