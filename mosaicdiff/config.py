@@ -84,7 +84,8 @@ class PruneConfig:
         shared_norms: what becomes of norms of queries and keys over all heads together (Wan, LTX,
             Sana 1.5): `exact` leaves them and the projections before them whole, and drops what
             they give of removed heads; `approximate` cuts them too, so that their statistic is of
-            the kept heads alone: smaller and faster, with an error that the report says.
+            the kept heads alone (what it is less on average goes into the norm's weight):
+            smaller and faster, with an error that the report says.
         least_heads: that every attention of every stage keeps.
         least_neurons: that every FFN of every stage keeps.
         include: patterns (`*` and `?`) of names of layers (or linears, where single weights go)

@@ -24,7 +24,7 @@ from .report import PruneReport
 from .reporting import report_of
 from .request import Job, prepare, sampling_of
 from .runtime import StagedDenoiser
-from .shared_norms import with_norm_errors
+from .shared_norms import fold_statistics, with_norm_errors
 from .solving.fit import assemble, last_groups_removed
 from .sources import find_denoisers, source_name
 from .statistics.calibration import Calibration
@@ -208,6 +208,7 @@ def _prune_one(
         else:
             staged, report = _prune_at_once(job, base, tell, search_state)
         if job.config.shared_norms != "exact":
+            fold_statistics(job, staged)
             report = with_norm_errors(job, staged, report)
     staged.info.source = source_name(job.pipeline)
     seconds = time.perf_counter() - started

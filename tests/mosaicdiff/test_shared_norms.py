@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mosaicdiff import PruneConfig, StagedDenoiser, calibrate, prune
+from mosaicdiff import PruneConfig, StagedDenoiser, calibrate, pipeline, prune
 from mosaicdiff.adapters import adapter_for
 from mosaicdiff.pipeline import cut
 from mosaicdiff.report import report_from_dict
@@ -126,6 +126,25 @@ def test_an_error_that_is_no_number_is_refused():
         norm_error(family[0], staged, 0, [(latents * float("nan"), timesteps, inputs)])
 
 
+def test_the_statistic_is_made_good_on_average(monkeypatch):
+    """Heads of different loudness: the norm of the kept alone is off by a factor."""
+    dense, case = cases_b.tiny_wan(num_attention_heads=4), Case(cases_b.wan_batch)
+    for block in dense.blocks:
+        for attention in (block.attn1, block.attn2):
+            for linear in (attention.to_q, attention.to_k):
+                loud = torch.tensor([0.3, 3.0, 0.5, 1.0]).repeat_interleave(12)
+                linear.weight.data.mul_(loud[:, None])
+                linear.bias.data.mul_(loud)
+    folded = pruned((dense, case), shared_norms="approximate")
+    monkeypatch.setattr(pipeline, "fold_statistics", lambda job, staged: None)
+    plain = pruned((dense, case), shared_norms="approximate")
+    for mine, theirs in zip(folded.report.stages, plain.report.stages, strict=True):
+        assert mine.norm_error < 0.7 * theirs.norm_error
+    for stage, other in zip(folded.denoiser.stage_models, plain.denoiser.stage_models, strict=True):
+        ratio = stage.blocks[0].attn1.norm_q.weight / other.blocks[0].attn1.norm_q.weight
+        assert ratio.std() < 1e-5 and abs(float(ratio.mean()) - 1) > 0.01
+
+
 def test_exact_says_nothing_of_it():
     family = cases_b.tiny_wan(), Case(cases_b.wan_batch)
     report = pruned(family).report
@@ -161,7 +180,7 @@ def test_refused_where_there_are_none():
 
 def test_without_latents_the_error_cannot_be_measured():
     dense, (latents, _, inputs) = cases_b.tiny_wan(), cases_b.wan_batch(8)
-    config = PruneConfig(**SMALL | {"stages": 1})
+    config = PruneConfig(**SMALL | {"stages": 1, "allocation": "uniform"})
     measured = calibrate(dense, config, scheduler=flow_scheduler(), calibration=[(latents, inputs)])
     config = replace(config, shared_norms="approximate")
     with pytest.raises(ValueError, match="calibration must be given with shared_norms='approx"):
