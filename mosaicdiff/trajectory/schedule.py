@@ -22,10 +22,10 @@ THRESHOLD, SNR_WEIGHT = 0.55, 0.01
 #: Of flow matching: the middle stage lies at sigma 0.303..0.861, whatever P and the shift. With
 #: `digits` retrained (benchmarks.bench_flow rules), 30% by `optimal` at 25 steps and shift 1 left
 #: a squared error of 0.0033 of the energy so; 0.0044 with lambda 0, 0.0078 by timestep with the
-#: values above (which makes no early stage), 0.0055 in thirds of sigma, 0.0090 in one network.
+#: values above (which makes no early stage), 0.0050 in thirds of sigma, 0.0090 in one network.
 #: What the model knows of x_0 agrees: its squared error stays at 0.5 down to sigma 0.86, where it
-#: begins to fall. lambda must stay under 0.06: above, ln SNR at the clean end makes the largest
-#: score, and nothing is left to divide.
+#: begins to fall. lambda must stay under 0.06 without a shift: above, ln SNR at the clean end
+#: makes the largest score, and nothing is left to divide.
 FLOW_THRESHOLD, FLOW_SNR_WEIGHT = 0.55, 0.05
 
 NAMED_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "flow")
