@@ -122,7 +122,8 @@ def assemble(
     """
     adapter = adapter_for_class(config["base"]["class"])
     base = adapter.empty(config["base"]["config"])
-    layers = adapter.layers(base)
+    # Older files are exact throughout.
+    layers = adapter.layers(base, config["prune_config"].get("shared_norms", "exact"))
     count = len(config["stages"])
     kept = [
         {

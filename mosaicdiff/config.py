@@ -81,6 +81,11 @@ class PruneConfig:
             `layers` and `blocks` need `optimal` or `evolutionary`.
         depth_rank: what whole layers or blocks are ranked by: `curve` their error when removed,
             `error` or `cosine` what they change of the residual stream.
+        shared_norms: what becomes of norms of queries and keys over all heads together (Wan, LTX,
+            Sana 1.5): `exact` leaves them and the projections before them whole, and drops what
+            they give of removed heads; `approximate` cuts them too, so that their statistic is of
+            the kept heads alone (what it is less on average goes into the norm's weight):
+            smaller and faster, with an error that the report says.
         least_heads: that every attention of every stage keeps.
         least_neurons: that every FFN of every stage keeps.
         include: patterns (`*` and `?`) of names of layers (or linears, where single weights go)
@@ -135,6 +140,7 @@ class PruneConfig:
     choice: str = "separate"
     granularity: str = "structured"
     depth_rank: str = "curve"
+    shared_norms: str = "exact"
     least_heads: int = 0
     least_neurons: int = 0
     include: tuple[str, ...] = ()

@@ -21,6 +21,7 @@ WEIGHTINGS = ("raw", "sensitivity", "trajectory")
 CHOICES = ("separate", "nested", "shared")
 ACTIVATIONS = ("noised", "trajectory")
 DEPTH_RANKS = ("curve", "error", "cosine")
+SHARED_NORMS = ("exact", "approximate")
 
 
 def check_config(config: PruneConfig) -> None:
@@ -71,6 +72,7 @@ def _check_choices(config: PruneConfig) -> None:
             "choice": CHOICES,
             "activations": ACTIVATIONS,
             "depth_rank": DEPTH_RANKS,
+            "shared_norms": SHARED_NORMS,
         },
     )
     whole = isinstance(config.stages, int) and not isinstance(config.stages, bool)
@@ -134,7 +136,10 @@ def _check_weights(config: PruneConfig) -> None:
             f"granularity {config.granularity!r}, got {config.compensation!r}. Only obs "
             "compensates single weights, and always does."
         )
-    usual = {"choice": "separate", "least_heads": 0, "least_neurons": 0, "round_to": 1}
+    usual = {
+        "choice": "separate", "least_heads": 0, "least_neurons": 0, "round_to": 1,
+        "shared_norms": "exact",
+    }  # fmt: skip
     for name, value in usual.items():
         if getattr(config, name) != value:
             raise ValueError(

@@ -24,6 +24,7 @@ from .report import PruneReport
 from .reporting import report_of
 from .request import Job, prepare, sampling_of
 from .runtime import StagedDenoiser
+from .shared_norms import fold_statistics, with_norm_errors
 from .solving.fit import assemble, last_groups_removed
 from .sources import find_denoisers, source_name
 from .statistics.calibration import Calibration
@@ -206,6 +207,9 @@ def _prune_one(
             report = report_of(job, staged, done.decision, done.solutions, done.packages)
         else:
             staged, report = _prune_at_once(job, base, tell, search_state)
+        if job.config.shared_norms != "exact":
+            fold_statistics(job, staged)
+            report = with_norm_errors(job, staged, report)
     staged.info.source = source_name(job.pipeline)
     seconds = time.perf_counter() - started
     report = replace(report, seconds=seconds, component=job.component)
@@ -311,7 +315,7 @@ def cut(denoiser: Denoiser, config: PruneConfig, *, scheduler: Any) -> StagedDen
     if config.budget.unit != "sparsity":
         raise ValueError(f"cut: budget must be a sparsity, got {config.budget}.")
     adapter = adapter_for(denoiser)
-    layers = adapter.layers(denoiser)
+    layers = adapter.layers(denoiser, config.shared_norms)
     frame = make_frame(scheduler, config, None, sampling_of(adapter, denoiser))
     made = share_plan(layers, frame, config, config.budget.value)
     return assemble(adapter, denoiser, made, config, last_groups_removed(denoiser, made))

@@ -48,6 +48,8 @@ class StageReport:
     """One stage: train timesteps as diffusers counts them, from 0, both ends included.
 
     `layers` lists all where groups went, `weights` the pruned linears where single weights went.
+    `norm_error` is what approximate norms over all heads change of the denoiser's output: the mean
+    squared difference to the same kept heads with exact norms, over the latter's mean square.
     """
 
     name: str
@@ -59,6 +61,7 @@ class StageReport:
     macs_with_attention: int
     layers: list[LayerReport]
     weights: list[WeightReport] = field(default_factory=list)
+    norm_error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,11 @@ class PruneReport:
         table = Table(title="stages")
         for column in ("stage", "t (from 1)", "steps", "sparsity", "MACs", "mean error", "damping"):
             table.add_column(column, justify="left" if column == "stage" else "right")
+        approximate = any(stage.norm_error is not None for stage in self.stages)
+        if approximate:
+            table.add_column("norm error", justify="right")
         for stage in self.stages:
+            norm_error = [] if not approximate else [f"{stage.norm_error:.2g}"]
             rows: list[LayerReport | WeightReport] = [*stage.layers, *stage.weights]
             errors = [row.error for row in rows]
             table.add_row(
@@ -155,6 +162,7 @@ class PruneReport:
                 f"{stage.macs_with_attention / self.macs_dense_with_attention:.1%}",
                 f"{sum(errors) / max(len(errors), 1):.4f}",
                 f"{max((row.damping for row in rows), default=0.0):g}",
+                *norm_error,
             )
         return table
 

@@ -36,8 +36,8 @@ def report_of(
         solutions: of each stage, by name.
         packages: how they were solved, where it was in packages.
     """
-    dense, pruned = job.adapter.macs(job.denoiser), staged.macs()
-    mean, mean_with_attention = staged.mean_macs()
+    dense, pruned = job.costs.dense_macs, staged.macs()
+    mean, mean_with_attention = staged.mean_macs(pruned)
     steps, total = staged.info.steps, sum(staged.info.steps)
     stages = []
     for k, (stage, macs) in enumerate(zip(staged.division.stages, pruned, strict=True)):

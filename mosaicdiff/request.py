@@ -133,7 +133,8 @@ def prepare(
     _check_family(adapter, scheduler)
     sampling = sampling_of(adapter, denoiser)
     asked = read_asked(prompts, pipeline, config, calibration, measured is not None, cache)
-    layers = adapter.layers(denoiser)
+    layers = adapter.layers(denoiser, config.shared_norms)
+    _check_norms(adapter, denoiser, config)
     config = _with_ends(config, adapter, denoiser)
     # Refuse what no calibration could save before reading it; the power of its latents comes later.
     if config.removes_weights:
@@ -165,6 +166,11 @@ def prepare(
         # Refuse before any work where the batches do not hold what a null condition is.
         _, first = data.take(torch.zeros(1, dtype=torch.long))
         adapter.null_inputs(denoiser, first, torch.ones(1, dtype=torch.bool))
+    if config.shared_norms != "exact" and data is None and asked.sampled is None:
+        raise ValueError(
+            f"prune: calibration must be given with shared_norms={config.shared_norms!r}, got "
+            "None: what the approximation changes is measured on it. Name the latents too."
+        )
     power = measured.power if measured is not None else data.power if data is not None else None
     frame = make_frame(scheduler, config, power, sampling, part.span)
     costs = _check_reach(layers, frame, config, denoiser, adapter, macs)
@@ -202,6 +208,16 @@ def sampling_of(adapter: Adapter, denoiser: Denoiser) -> Sampling:
         adapter.passes_sigmas,
         adapter.denoiser_class == "Flux2Transformer2DModel",
     )
+
+
+def _check_norms(adapter: Adapter, denoiser: Denoiser, config: PruneConfig) -> None:
+    """Refuse an approximation of norms that are not there."""
+    shared = any(writer.whole for layer in adapter.layers(denoiser) for writer in layer.writers)
+    if config.shared_norms != "exact" and not shared:
+        raise ValueError(
+            f"prune: shared_norms must be exact, got {config.shared_norms!r}: this "
+            f"{adapter.denoiser_class} has no norms over all heads together. Leave it out."
+        )
 
 
 def _check_family(adapter: Adapter, scheduler: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -193,10 +193,14 @@ class StagedDenoiser(ModelMixin, ConfigMixin):
         """Count the MACs of one call for one sample, for each stage."""
         return [self.adapter.macs(stage) for stage in self.stage_models]
 
-    def mean_macs(self) -> tuple[float, float]:
-        """Average over the plan's steps: (without, with) attention products."""
+    def mean_macs(self, counts: Sequence[Macs] | None = None) -> tuple[float, float]:
+        """Average over the plan's steps: (without, with) attention products.
+
+        Args:
+            counts: what `macs` gave, where that is known.
+        """
         weight = [count / sum(self.info.steps) for count in self.info.steps]
-        counts = self.macs()
+        counts = self.macs() if counts is None else counts
         return (
             sum(w * m.linear for w, m in zip(weight, counts, strict=True)),
             sum(w * m.total for w, m in zip(weight, counts, strict=True)),

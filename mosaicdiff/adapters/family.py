@@ -13,10 +13,6 @@ from ..groups import Columns, Denoiser, PrunableLayer, Rows
 #: Streams whose tokens go through linears, and the linears, which share their input.
 Inputs = tuple[str, tuple[str, ...]]
 
-#: What becomes of norms across all heads: `exact` keeps what goes into them whole, `approximate`
-#: cuts it, so that their statistic is that of the kept heads alone.
-SHARED_NORMS = ("exact", "approximate")
-
 
 @dataclass(frozen=True)
 class Heads:

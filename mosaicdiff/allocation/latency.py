@@ -118,17 +118,17 @@ class LatencyTable:
         groups = shape.groups if groups is None else groups
         return np.interp(np.arange(groups + 1), *self._points(shape, "groups", groups))
 
-    def check(self, denoiser: Denoiser, batch_size: int) -> None:
+    def check(self, denoiser: Denoiser, batch_size: int, shared_norms: str = "exact") -> None:
         """Refuse a denoiser that is not the one, or not where, the table was measured.
 
         Raises:
             ValueError: another device, thread count, dtype, batch size, torch or denoiser.
         """
-        here = _conditions(denoiser, batch_size)
+        here = _conditions(denoiser, batch_size, shared_norms)
         network = here.pop("network")
         for name, value in here.items():
             self._same(name, value)
-        for layer in adapter_for(denoiser).layers(denoiser):
+        for layer in adapter_for(denoiser).layers(denoiser, shared_norms):
             self._points(shape_of(denoiser, layer), "groups", layer.groups)
         # Of the same shapes but another depth, say, the fixed part is another.
         self._same("network", network)
@@ -233,6 +233,7 @@ def measure_table(
     repeats: int = 10,
     advance: Callable[[], None] = lambda: None,
     timer: Timer | None = None,
+    shared_norms: str = "exact",
 ) -> LatencyTable:
     """Time one layer of every shape at several widths, and the dense call.
 
@@ -249,6 +250,7 @@ def measure_table(
         advance: called after each of the repeats + 1 rounds.
         timer: given a call, returns its milliseconds; by default CUDA events on a GPU and the
             clock on the CPU, both over as many calls as take a millisecond.
+        shared_norms: as `PruneConfig` has it.
 
     Raises:
         ValueError: an argument is out of range, or the denoiser cannot be pruned or timed.
@@ -261,7 +263,8 @@ def measure_table(
             )
     adapter.check(denoiser)
     timer = timer or default_timer(next(denoiser.parameters()).device)
-    layers = [(layer, shape_of(denoiser, layer)) for layer in adapter.layers(denoiser)]
+    found = adapter.layers(denoiser, shared_norms)
+    layers = [(layer, shape_of(denoiser, layer)) for layer in found]
     examples: dict[LayerShape, PrunableLayer] = {}
     for layer, shape in layers:
         examples.setdefault(shape, layer)
@@ -286,7 +289,7 @@ def measure_table(
         curves[shape] = counts, tuple(value - beside for value in took)
     fixed_ms = dense_ms - sum(curves[shape][1][-1] for _, shape in layers)
     return LatencyTable(
-        **_conditions(denoiser, batch_size),
+        **_conditions(denoiser, batch_size, shared_norms),
         fixed_ms=max(0.0, fixed_ms),
         excess_ms=max(0.0, -fixed_ms),
         dense_ms=dense_ms,
@@ -302,6 +305,7 @@ def latency_table(
     cache: Path | Literal["user"] | None = "user",
     refresh: bool = False,
     advance: Callable[[], None] = lambda: None,
+    shared_norms: str = "exact",
 ) -> LatencyTable:
     """Read the table measured before under the same conditions, or measure and store it.
 
@@ -313,27 +317,31 @@ def latency_table(
             ~/.cache; with None nothing is read or stored.
         refresh: measure even if there is a table, and replace it.
         advance: called after each round of a measurement.
+        shared_norms: as `PruneConfig` has it.
 
     Raises:
         ValueError: the cache cannot be written or holds a damaged file, or `measure_table`
             refuses.
     """
+    options: dict[str, Any] = {
+        "batch_size": batch_size, "advance": advance, "shared_norms": shared_norms,
+    }  # fmt: skip
     if cache is None:
-        return measure_table(denoiser, adapter, batch_size=batch_size, advance=advance)
+        return measure_table(denoiser, adapter, **options)
     folder = _user_cache() if cache == "user" else Path(cache)
-    key = json.dumps([_LAYOUT, _conditions(denoiser, batch_size)])
+    key = json.dumps([_LAYOUT, _conditions(denoiser, batch_size, shared_norms)])
     path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
     if path.exists() and not refresh:
         table = LatencyTable.load(path)
-        table.check(denoiser, batch_size)
+        table.check(denoiser, batch_size, shared_norms)
         return table
     _make_writable(folder)
-    table = measure_table(denoiser, adapter, batch_size=batch_size, advance=advance)
+    table = measure_table(denoiser, adapter, **options)
     table.save(path)
     return table
 
 
-def _conditions(denoiser: Denoiser, batch_size: int) -> dict[str, Any]:
+def _conditions(denoiser: Denoiser, batch_size: int, shared_norms: str) -> dict[str, Any]:
     """Return everything but the numbers: what must agree for a table to hold."""
     parameter = next(denoiser.parameters())
     if parameter.device.type == "cuda":
@@ -346,7 +354,8 @@ def _conditions(denoiser: Denoiser, batch_size: int) -> dict[str, Any]:
     if parameter.dtype == torch.float32 and precision != "highest":
         dtype += f", {precision} matmul precision"
     config = {k: v for k, v in denoiser.config.items() if not k.startswith("_")}
-    lines = [type(denoiser).__name__, json.dumps(config, sort_keys=True, default=str)]
+    lines = [] if shared_norms == "exact" else [f"norms {shared_norms}"]
+    lines += [type(denoiser).__name__, json.dumps(config, sort_keys=True, default=str)]
     for path, module in denoiser.named_modules():
         processor = type(getattr(module, "processor", None)).__name__
         lines.append(f"{path} {type(module).__name__} {processor}")

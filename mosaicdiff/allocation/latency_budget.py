@@ -36,11 +36,12 @@ def with_latencies(job: Job, tell: Progress) -> Job:
 
     if config.latency_table is not None:
         table = LatencyTable.load(config.latency_table)
-        table.check(job.denoiser, config.latency_batch)
+        table.check(job.denoiser, config.latency_batch, config.shared_norms)
     else:
         table = latency_table(
-            job.denoiser, job.adapter, batch_size=config.latency_batch, advance=advance
-        )
+            job.denoiser, job.adapter, batch_size=config.latency_batch,
+            shared_norms=config.shared_norms, advance=advance,
+        )  # fmt: skip
     curves = [table.curve(shape_of(job.denoiser, layer)) for layer in job.layers]
     # Layers timed alone may come to more than the whole call: then they count for less.
     scale = table.dense_ms / (table.dense_ms + table.excess_ms)

@@ -19,6 +19,7 @@ from ..config_checks import (
     COMPENSATIONS,
     CRITERIA,
     DEPTH_RANKS,
+    SHARED_NORMS,
     WEIGHTINGS,
 )
 from ..search_config import FITNESSES, GENES, STARTS, WITHIN, SearchConfig
@@ -38,7 +39,7 @@ _FIELDS = (
     "weighting", "choice", "granularity", "depth_rank", "least_heads", "least_neurons",
     "latency_batch", "latency_table", "bins", "max_stages", "probe_samples", "criterion",
     "compensation", "samples", "seed", "steps", "threshold", "snr_weight", "max_sparsity",
-    "null_share", "damping", "round_to", "activations",
+    "null_share", "damping", "round_to", "activations", "shared_norms",
 )  # fmt: skip
 _SEARCH_FIELDS = {
     "search_genes": "genes", "search_within": "within", "fitness": "fitness",
@@ -193,6 +194,11 @@ allocation_options = _options(
     _number("--max-sparsity", "The most one stage may give."),
     _number("--max-stages", "Of --stages auto."),
     _number("--round-to", "Keep FFN neurons in multiples of this."),
+    _choice(
+        "--shared-norms",
+        SHARED_NORMS,
+        "Norms over all heads (Wan, LTX, Sana 1.5): their projections whole, or cut.",
+    ),
     _number("--least-heads", "Heads that every attention keeps."),
     _number("--least-neurons", "Neurons that every FFN keeps."),
     click.option(

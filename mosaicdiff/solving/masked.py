@@ -46,7 +46,7 @@ def assemble_weights(
         base_class=adapter.denoiser_class,
         base_config={k: v for k, v in base.config.items() if not k.startswith("_")},
         division=division,
-        layers=adapter.layers(base),
+        layers=adapter.layers(base, config.shared_norms),
         kept=[{} for _ in solutions],
         steps=list(steps),
         prune_config=config.to_dict(),

@@ -38,17 +38,17 @@ def tiny_pixart(sample_size=8, **options):
     return _louder(model, "scale_shift_table", "to_out.0.weight", "to_out.0.bias", "net.2.weight")
 
 
-def pixart_batch():
-    latents = _random(2, 2, 8, 8)
-    mask = torch.ones(2, TEXT, dtype=torch.long)
+def pixart_batch(rows=2):
+    latents = _random(rows, 2, 8, 8)
+    mask = torch.ones(rows, TEXT, dtype=torch.long)
     mask[1, 3:] = 0
-    inputs = {"encoder_hidden_states": _random(2, TEXT, 12), "encoder_attention_mask": mask}
-    return latents, torch.tensor([640, 640]), inputs
+    inputs = {"encoder_hidden_states": _random(rows, TEXT, 12), "encoder_attention_mask": mask}
+    return latents, torch.full((rows,), 640), inputs
 
 
-def pixart_alpha_batch():
-    latents, timesteps, inputs = pixart_batch()
-    sizes = {"resolution": torch.full((2, 2), 64.0), "aspect_ratio": torch.ones(2, 1)}
+def pixart_alpha_batch(rows=2):
+    latents, timesteps, inputs = pixart_batch(rows)
+    sizes = {"resolution": torch.full((rows, 2), 64.0), "aspect_ratio": torch.ones(rows, 1)}
     return latents, timesteps, inputs | sizes
 
 
@@ -61,7 +61,7 @@ def tiny_unet(**options):
             "block_out_channels": (12, 24), "norm_num_groups": 4, "attention_head_dim": 3,
             "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
             "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-            "cross_attention_dim": 10,
+            "cross_attention_dim": 12,
         } | options
     )  # fmt: skip
     return _louder(model, "to_out.0.weight", "to_out.0.bias", "net.2.weight")
@@ -81,18 +81,19 @@ def tiny_sdxl(**options):
     )  # fmt: skip
 
 
-def unet_batch():
+def unet_batch(rows=2):
     return (
-        _random(2, 2, 8, 8),
-        torch.tensor([640, 640]),
-        {"encoder_hidden_states": _random(2, TEXT, 10)},
+        _random(rows, 2, 8, 8),
+        torch.full((rows,), 640),
+        {"encoder_hidden_states": _random(rows, TEXT, 12)},
     )
 
 
-def sdxl_batch():
-    latents, timesteps, inputs = unet_batch()
+def sdxl_batch(rows=2):
+    latents, timesteps, inputs = unet_batch(rows)
     ids = torch.tensor([[64.0, 64, 0, 0, 64, 64], [64, 48, 0, 8, 64, 64]])
-    return latents, timesteps, inputs | {"text_embeds": _random(2, 7), "time_ids": ids}
+    ids = ids.repeat(rows // 2, 1)
+    return latents, timesteps, inputs | {"text_embeds": _random(rows, 7), "time_ids": ids}
 
 
 def tiny_wan(**options):
@@ -101,7 +102,7 @@ def tiny_wan(**options):
     model = WanTransformer3DModel(
         **{
             "num_attention_heads": 3, "attention_head_dim": 12, "in_channels": 2,
-            "out_channels": 2, "text_dim": 10, "freq_dim": 8, "ffn_dim": 15, "num_layers": 2,
+            "out_channels": 2, "text_dim": 10, "freq_dim": 8, "ffn_dim": 16, "num_layers": 2,
             "rope_max_seq_len": 64,
         } | options
     )  # fmt: skip
@@ -114,18 +115,18 @@ def tiny_wan_picture(**options):
     return tiny_wan(**{"in_channels": 5, "image_dim": 6, "added_kv_proj_dim": 36} | options)
 
 
-def wan_batch():
-    inputs = {"encoder_hidden_states": _random(2, TEXT, 10)}
-    return _random(2, 2, 3, 4, 4), torch.tensor([640.0, 640.0]), inputs
+def wan_batch(rows=2):
+    inputs = {"encoder_hidden_states": _random(rows, TEXT, 10)}
+    return _random(rows, 2, 3, 4, 4), torch.full((rows,), 640.0), inputs
 
 
-def wan_picture_batch():
+def wan_picture_batch(rows=2):
     inputs = {
-        "encoder_hidden_states": _random(2, 512, 10),
-        "encoder_hidden_states_image": _random(2, 3, 6),
-        "beside": _random(2, 3, 3, 4, 4),
+        "encoder_hidden_states": _random(rows, 512, 10),
+        "encoder_hidden_states_image": _random(rows, 3, 6),
+        "beside": _random(rows, 3, 3, 4, 4),
     }
-    return _random(2, 2, 3, 4, 4), torch.tensor([640.0, 640.0]), inputs
+    return _random(rows, 2, 3, 4, 4), torch.full((rows,), 640.0), inputs
 
 
 def tiny_sana(**options):
@@ -145,11 +146,11 @@ def tiny_sana(**options):
     )  # fmt: skip
 
 
-def sana_batch():
-    mask = torch.ones(2, TEXT, dtype=torch.long)
+def sana_batch(rows=2):
+    mask = torch.ones(rows, TEXT, dtype=torch.long)
     mask[1, 3:] = 0
-    inputs = {"encoder_hidden_states": _random(2, TEXT, 10), "encoder_attention_mask": mask}
-    return _random(2, 2, 6, 6), torch.tensor([640.0, 640.0]), inputs
+    inputs = {"encoder_hidden_states": _random(rows, TEXT, 10), "encoder_attention_mask": mask}
+    return _random(rows, 2, 6, 6), torch.full((rows,), 640.0), inputs
 
 
 def tiny_ltx(**options):
@@ -165,14 +166,14 @@ def tiny_ltx(**options):
     return _louder(model, "norm_q", "norm_k", std=1.0)
 
 
-def ltx_batch():
-    mask = torch.ones(2, TEXT, dtype=torch.long)
+def ltx_batch(rows=2):
+    mask = torch.ones(rows, TEXT, dtype=torch.long)
     mask[1, 3:] = 0
     sizes = zip(("num_frames", "height", "width"), (2, 3, 4), strict=True)
     inputs = {
-        "encoder_hidden_states": _random(2, TEXT, 10),
+        "encoder_hidden_states": _random(rows, TEXT, 10),
         "encoder_attention_mask": mask,
-        **{name: torch.tensor([size, size]) for name, size in sizes},
-        "rope_interpolation_scale": torch.tensor([[0.32, 32.0, 32.0]]).expand(2, 3),
+        **{name: torch.full((rows,), size) for name, size in sizes},
+        "rope_interpolation_scale": torch.tensor([[0.32, 32.0, 32.0]]).expand(rows, 3),
     }
-    return _random(2, 24, 3), torch.tensor([640.0, 640.0]), inputs
+    return _random(rows, 24, 3), torch.full((rows,), 640.0), inputs
