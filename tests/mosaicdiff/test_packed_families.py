@@ -9,7 +9,9 @@ import mosaicdiff
 from mosaicdiff import PruneConfig, StagedDenoiser
 from mosaicdiff.adapters import adapter_for
 from mosaicdiff.allocation.planning import make_frame
+from mosaicdiff.allocation.timing import layer_inputs, narrowed, timed_module
 from mosaicdiff.statistics.noising import CalibrationSet, draw_noisy
+from mosaicdiff.surgery import Surgeon
 
 from .cases_a import (
     PACKED,
@@ -310,3 +312,34 @@ def test_kinds_that_are_not_handled_are_refused(make, message):
     model = make()
     with pytest.raises(ValueError, match=message):
         adapter_for(model).check(model)
+
+
+def test_layers_that_share_a_module_are_timed_by_their_block(family):
+    """At every width the timed module runs with the inputs that the dense one has."""
+    model, ((latents, inputs),) = family
+    adapter = adapter_for(model)
+    layers = adapter.layers(model)
+    for layer in layers:
+        packed = layer.readers[0].stop is not None
+        assert timed_module(layer) == ((layer.block, False) if packed else (layer.name, True))
+    names = {timed_module(layer)[0] for layer in layers}
+
+    def call():
+        adapter.predict(model, latents, torch.full((16,), 500.0), inputs)
+
+    with torch.no_grad():
+        given = layer_inputs(model, names, call)
+        surgeon = Surgeon(adapter, layers)
+        for layer in layers:
+            name = timed_module(layer)[0]
+            args, kwargs = given[name]
+            expected = flat(model.get_submodule(name)(*args, **kwargs))
+            for kept in (0, 1, layer.groups):
+                found = flat(narrowed(model, surgeon, layer, kept)(*args, **kwargs))
+                same = torch.allclose(found, expected, atol=1e-5)
+                assert found.shape == expected.shape and same == (kept == layer.groups)
+
+
+def flat(output):
+    tensors = output if isinstance(output, tuple) else (output,)
+    return torch.cat([tensor.flatten() for tensor in tensors])
