@@ -59,6 +59,26 @@ CONFIGURATIONS = {
             "caption_projection_dim": 2432, "pos_embed_max_size": 192, "qk_norm": "rms_norm",
         },
     ),
+    # PixArt-alpha/PixArt-Sigma-XL-2-1024-MS: as wide as DiT-XL/2, with attention to the text.
+    "pixart-sigma-xl": Configuration(
+        "PixArtTransformer2DModel",
+        {"caption_channels": 4096, "interpolation_scale": 2, "use_additional_conditions": False},
+    ),
+    # stabilityai/stable-diffusion-xl-base-1.0: heads of 64; 70 transformer blocks.
+    "sdxl": Configuration(
+        "UNet2DConditionModel",
+        {
+            "sample_size": 128, "block_out_channels": (320, 640, 1280),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "attention_head_dim": (5, 10, 20), "transformer_layers_per_block": (1, 2, 10),
+            "cross_attention_dim": 2048, "use_linear_projection": True,
+            "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+    ),
+    # Wan-AI/Wan2.1-T2V-14B: 40 blocks, 40 heads of 128, FFN of 13824.
+    "wan-2.1-14b": Configuration("WanTransformer3DModel", {"text_dim": 4096}),
 }  # fmt: skip
 
 

@@ -137,7 +137,7 @@ def tiny_sana(**options):
             "num_attention_heads": 4, "attention_head_dim": 6, "num_cross_attention_heads": 3,
             "cross_attention_head_dim": 8, "cross_attention_dim": 24, "caption_channels": 10,
             "in_channels": 2, "out_channels": 2, "num_layers": 2, "sample_size": 6,
-            "mlp_ratio": 0.625, "timestep_scale": 0.5,
+            "mlp_ratio": 1.25, "timestep_scale": 0.5,
         } | options
     )  # fmt: skip
     return _louder(
