@@ -64,6 +64,10 @@ bench: build
 	$(BIN)/python -m benchmarks.bench_obsdiff packages
 	$(BIN)/python -m benchmarks.bench_obsdiff memory
 	$(BIN)/python -m benchmarks.bench_obsdiff student
+	$(BIN)/python -m benchmarks.bench_families
+	$(BIN)/python -m benchmarks.bench_flow curves
+	$(BIN)/python -m benchmarks.bench_flow rules
+	$(BIN)/python -m benchmarks.bench_flow quality
 	$(BIN)/python -m benchmarks.bench_speed
 	$(BIN)/python -m benchmarks.bench_hessian
 	$(BIN)/python -m benchmarks.bench_cholesky

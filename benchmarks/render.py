@@ -7,7 +7,7 @@ import argparse
 import statistics
 from pathlib import Path
 
-from benchmarks import render_allocation, render_obsdiff
+from benchmarks import render_allocation, render_families, render_obsdiff
 from benchmarks.rows import RESULTS, read_rows
 
 ROOT = Path(__file__).parent.parent
@@ -224,6 +224,8 @@ def main() -> None:
         ("goal", render_allocation.goal_table()),
         ("allocation", render_allocation.allocation_table()),
         ("stages", render_allocation.stages_table()),
+        ("families", render_families.families_table()),
+        ("flow", render_families.flow_table()),
         ("criteria", render_obsdiff.criteria_table()),
         ("inputs", render_obsdiff.variants_table("inputs")),
         ("packages", render_obsdiff.packages_table()),

@@ -116,13 +116,16 @@ def random_denoiser(name: str, device: torch.device, dtype: torch.dtype) -> nn.M
 def random_staged(denoiser: Denoiser, config: PruneConfig) -> StagedDenoiser:
     """Cut a denoiser as a configuration plans it, on the schedule usual for its family.
 
-    Flow matching with shift 3 where the family has no other (as of SD3), else the linear schedule.
-    The weights mean nothing, and may be on the meta device.
+    Flow matching with shift 3 where the family has no other (as of SD3), the scaled linear schedule
+    of Stable Diffusion for U-Nets, else the linear one. The weights mean nothing, and may be on the meta device.
     """
     from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
-    if adapter_for_class(type(denoiser).__name__).sigma_scale is None:
-        scheduler = DDIMScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
-    else:
+    name = type(denoiser).__name__
+    if adapter_for_class(name).sigma_scale is not None:
         scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    elif name == "UNet2DConditionModel":
+        scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    else:
+        scheduler = DDIMScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
     return cut(denoiser, config, scheduler=scheduler)
