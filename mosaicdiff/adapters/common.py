@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 
 from ..groups import Denoiser, PrunableLayer
@@ -69,3 +70,16 @@ def linear_weights(module: nn.Module | None) -> int:
     if module is None:
         return 0
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def check_one_time(timestep: torch.Tensor) -> None:
+    """Refuse timesteps (B, T) that differ from token to token.
+
+    Raises:
+        ValueError: they do.
+    """
+    if timestep.ndim > 1 and bool((timestep != timestep[:, :1]).any()):
+        raise ValueError(
+            "collect: timestep must be the same for all tokens, got several: a pipeline that puts "
+            "a clean picture among the noisy frames is not followed."
+        )

@@ -11,6 +11,7 @@ from torch import nn
 from ..groups import Denoiser, PrunableLayer
 from ..pack import StageBuilder
 from .attentions import LTX
+from .common import check_one_time
 from .declared import Family
 from .family import Blocks, Neurons
 from .inputs import Condition
@@ -126,12 +127,7 @@ class LTXAdapter(Family):
             )
 
     def conditions_of(self, arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        timestep = arguments["timestep"]
-        if timestep.ndim > 1 and bool((timestep != timestep[:, :1]).any()):
-            raise ValueError(
-                "collect: timestep must be the same for all tokens, got several: a pipeline that "
-                "puts a clean picture among the noisy frames is not followed."
-            )
+        check_one_time(arguments["timestep"])
         return super().conditions_of(arguments)
 
     def tokens(self, denoiser: Denoiser) -> Mapping[str, int]:

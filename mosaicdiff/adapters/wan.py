@@ -10,6 +10,7 @@ import torch
 
 from ..groups import Denoiser
 from .attentions import WAN
+from .common import check_one_time
 from .declared import Family
 from .family import Blocks, Neurons
 from .inputs import Condition
@@ -134,12 +135,7 @@ class WanAdapter(Family):
         return (channels, *(_SIZES_48 if channels == 48 else _SIZES))
 
     def conditions_of(self, arguments: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        timestep = arguments["timestep"]
-        if timestep.ndim > 1 and bool((timestep != timestep[:, :1]).any()):
-            raise ValueError(
-                "collect: timestep must be the same for all tokens, got several: a pipeline that "
-                "puts a clean picture among the noisy frames is not followed."
-            )
+        check_one_time(arguments["timestep"])
         given = arguments["hidden_states"]
         channels = arguments["self"].config.out_channels
         beside = given[:, channels:] if given.shape[1] > channels else None

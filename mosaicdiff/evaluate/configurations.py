@@ -117,7 +117,8 @@ def random_staged(denoiser: Denoiser, config: PruneConfig) -> StagedDenoiser:
     """Cut a denoiser as a configuration plans it, on the schedule usual for its family.
 
     Flow matching with shift 3 where the family has no other (as of SD3), the scaled linear schedule
-    of Stable Diffusion for U-Nets, else the linear one. The weights mean nothing, and may be on the meta device.
+    of Stable Diffusion for U-Nets, else the linear one. The weights mean nothing, and may be on
+    the meta device.
     """
     from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 

@@ -17,6 +17,7 @@ from ..batch_errors import in_batch
 from ..distributed import World
 from ..groups import Denoiser
 from ..inputs.joining import joined
+from ..inputs.recorder import quiet
 from ..runtime import time_scale
 from ..trajectory.clock import StageClock
 from ..trajectory.weights import step_weights
@@ -169,7 +170,7 @@ def sample_statistics(
         clock = _SamplerClock(
             job.frame.division, time_scale(job.adapter, job.denoiser.config)
         )  # fmt: skip
-        stack.enter_context(_quiet(pipeline))
+        stack.enter_context(quiet(pipeline))
         stack.enter_context(_following(job, clock))
         stack.enter_context(_standing_in(job, network))
         number, world = 0, World.current()
@@ -246,20 +247,6 @@ def _call(
                 torch.cuda.manual_seed(seed)
         generator = torch.Generator().manual_seed(seed)
         pipeline(**{argument: group}, num_inference_steps=steps, generator=generator, **options)
-
-
-@contextmanager
-def _quiet(pipeline: Any) -> Iterator[None]:
-    """Leave out the pipeline's own progress bars."""
-    had = pipeline.__dict__.get("_progress_bar_config")
-    pipeline.set_progress_bar_config(**{**(had or {}), "disable": True})
-    try:
-        yield
-    finally:
-        if had is None:
-            pipeline.__dict__.pop("_progress_bar_config", None)
-        else:
-            pipeline._progress_bar_config = had
 
 
 @contextmanager
