@@ -56,9 +56,9 @@ def measured(monkeypatch):
     """Batch sizes of the measurements that `latency_table` asks for, made by the fake timer."""
     asked = []
 
-    def fake(denoiser, adapter, *, batch_size, advance):
+    def fake(denoiser, adapter, *, batch_size, **options):
         asked.append(batch_size)
-        return measure(denoiser, batch_size=batch_size, advance=advance)
+        return measure(denoiser, batch_size=batch_size, **options)
 
     monkeypatch.setattr(latency, "measure_table", fake)
     return asked

@@ -9,6 +9,7 @@ import torch
 
 from mosaicdiff import PruneConfig, StagedDenoiser, calibrate, pipeline, prune
 from mosaicdiff.adapters import adapter_for
+from mosaicdiff.allocation.latency import measure_table
 from mosaicdiff.pipeline import cut
 from mosaicdiff.report import report_from_dict
 from mosaicdiff.shared_norms import norm_error
@@ -191,3 +192,15 @@ def test_without_latents_the_error_cannot_be_measured():
         calibration=[(latents, inputs)],
     ).report  # fmt: skip
     assert 0 < report.stages[0].norm_error < 1
+
+
+def test_timings_are_of_one_form(tmp_path):
+    dense = cases_b.tiny_sana(qk_norm="rms_norm_across_heads")
+    adapter, options = adapter_for(dense), {"points": 2, "repeats": 1}
+    exact = measure_table(dense, adapter, **options)
+    given = measure_table(dense, adapter, shared_norms="approximate", **options)
+    exact.check(dense, 1)
+    given.check(dense, 1, "approximate")
+    for table, form in ((exact, "approximate"), (given, "exact")):
+        with pytest.raises(ValueError, match="Measure"):
+            table.check(dense, 1, form)
