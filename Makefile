@@ -9,10 +9,10 @@ STAMP := $(VENV)/.installed-$(MOSAIC_BUILD)
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/*.* csrc/*/*.*)
 DEMO ?= out/demo
 
-# of benchmarks/gpu.sh: build test kernels sanitize bench; all of them by default
+# of benchmarks/gpu.sh: build test models kernels sanitize bench; all of them by default
 PARTS ?=
 
-.PHONY: build demo check test test-kernels sanitize gpu bench clean
+.PHONY: build demo check test test-models test-kernels sanitize gpu bench clean
 
 build: $(STAMP)
 
@@ -36,6 +36,10 @@ check: build
 
 test: build
 	$(BIN)/python -m pytest
+
+# Every family end to end: whole tiny pipelines, files in and out, compiled stages.
+test-models: build
+	$(BIN)/python -m pytest -m models
 
 # The second tier: every kernel in every configuration, and the sanitizers.
 test-kernels: build

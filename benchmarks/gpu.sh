@@ -2,10 +2,11 @@
 # Build, test and measure on a machine with a CUDA device and nvcc. No network is needed: torch,
 # triton, setuptools, pybind11 and pytest have to be there, diffusers may be on PYTHONPATH.
 #
-#     benchmarks/gpu.sh [--dry-run] [build test kernels sanitize bench ...]
+#     benchmarks/gpu.sh [--dry-run] [build test models kernels sanitize bench ...]
 #
 #     build     the extension in place, for this GPU (TORCH_CUDA_ARCH_LIST overrides)
 #     test      the suite with the real kernels; not Triton's interpreter, which is for CPUs
+#     models    every family end to end, on tiny models
 #     kernels   the second tier: every configuration, sanitizers on the host
 #     sanitize  compute-sanitizer on small cases of the CUDA kernels, where it is installed
 #     bench     the same as hessian cholesky sweep joint prune: rows in benchmarks/results/<device>.csv
@@ -19,7 +20,7 @@ cd "$(dirname "$0")/.." || exit 1
 PYTHON=${PYTHON:-python3}
 PART_SECONDS=590
 SMALL='float64_is_the_reference or ties or dead or sweep or (inverse and not 1100)'
-ALL_PARTS=(build test kernels sanitize hessian cholesky sweep joint prune)
+ALL_PARTS=(build test models kernels sanitize hessian cholesky sweep joint prune)
 
 die() {
   echo "gpu.sh: $1" >&2
@@ -32,7 +33,7 @@ for argument in "$@"; do
   case $argument in
     --dry-run) dry_run=true ;;
     bench) parts+=(hessian cholesky sweep joint prune) ;;
-    build | test | kernels | sanitize | hessian | cholesky | sweep | joint | prune) parts+=("$argument") ;;
+    build | test | models | kernels | sanitize | hessian | cholesky | sweep | joint | prune) parts+=("$argument") ;;
     -h | --help)
       sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
       exit 0
@@ -78,7 +79,11 @@ part_build() {
 }
 
 part_test() {
-  limited $PART_SECONDS "$PYTHON" -m pytest -m 'not interpreter and not kernels' -rs
+  limited $PART_SECONDS "$PYTHON" -m pytest -m 'not interpreter and not kernels and not models' -rs
+}
+
+part_models() {
+  limited $PART_SECONDS "$PYTHON" -m pytest -m models -rs
 }
 
 part_kernels() {

@@ -1,5 +1,6 @@
 """Convolutions of one pixel as readers (Sana): what is summed over pixels, and the refit of it."""
 
+import pytest
 import torch
 
 from mosaicdiff import PruneConfig, calibrate, prune
@@ -7,6 +8,8 @@ from mosaicdiff import PruneConfig, calibrate, prune
 from . import cases_b
 from .conftest import flow_scheduler
 from .test_families_end_to_end import SMALL
+
+pytestmark = pytest.mark.models
 
 LAYER = "transformer_blocks.0.ff"
 CONFIG = PruneConfig(**SMALL | {"stages": 1, "allocation": "uniform", "sparsity": 0.3})

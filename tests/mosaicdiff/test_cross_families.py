@@ -10,6 +10,8 @@ from . import cases_b
 from .cutting import pack
 from .test_families import uneven
 
+pytestmark = pytest.mark.models
+
 
 def check_inputs(denoiser, batch):
     latents, _, inputs = batch

@@ -19,6 +19,8 @@ from mosaicdiff.trajectory.stages import Division
 from .cutting import pack, states_of, zeroed
 from .family_cases import CASES
 
+pytestmark = pytest.mark.models
+
 
 def uneven(model, drop=()):
     """Kept groups that differ from layer to layer; those of `drop` keep none."""

@@ -18,6 +18,8 @@ from .conftest import linear_scheduler, tiny_denoiser, tiny_sd3
 from .family_cases import CASES
 from .single_files import sd3_tensors, write_single_file
 
+pytestmark = pytest.mark.models
+
 
 def test_every_family_says_what_goes_and_what_stays():
     rows = run_json("families")["families"]

@@ -12,6 +12,8 @@ from mosaicdiff.adapters import adapter_for
 from . import cases_b
 from .conftest import linear_scheduler
 
+pytestmark = pytest.mark.models
+
 #: Fresh denoisers and batches of so many rows.
 FAMILIES = {
     "pixart-alpha": (

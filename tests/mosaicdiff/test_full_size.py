@@ -6,6 +6,8 @@ from mosaicdiff import PruneConfig
 from mosaicdiff.adapters import adapter_for
 from mosaicdiff.evaluate.configurations import configuration, random_staged
 
+pytestmark = pytest.mark.models
+
 #: Tokens of 1024x1024 pixels.
 IMAGE = 4096
 

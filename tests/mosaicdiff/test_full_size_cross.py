@@ -10,6 +10,8 @@ from mosaicdiff.pipeline import cut
 
 from .test_full_size import linear, mlp, total
 
+pytestmark = pytest.mark.models
+
 
 def attention(width, columns, tokens, source=None, keys=None, bias=True, whole=None):
     """Parameters, and MACs of linears and attention, of one attention.

@@ -27,6 +27,8 @@ from .cases_a import (
 )
 from .conftest import flow_scheduler
 
+pytestmark = pytest.mark.models
+
 QUICK = {
     "sparsity": 0.3, "samples": 16, "batch_size": 8, "steps": 6, "stages": 2, "probe_samples": 2,
     "null_share": 0.0,

@@ -18,6 +18,8 @@ from mosaicdiff.trajectory_config import TrajectoryConfig
 from .cases_a import tiny_flux, tiny_flux2, tiny_hunyuan, tiny_qwen
 from .conftest import flow_scheduler
 
+pytestmark = pytest.mark.models
+
 pytest.importorskip("transformers", reason="diffusers' pipelines of these need transformers")
 
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])

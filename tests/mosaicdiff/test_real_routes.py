@@ -15,6 +15,8 @@ from .commands import run_json
 from .test_clock import CountReads
 from .tiny_pipelines import PIPELINES
 
+pytestmark = pytest.mark.models
+
 PROMPTS = ["a cat", "a dog"]
 STEPS = 8
 

@@ -20,6 +20,8 @@ from .cutting import pack, zeroed
 from .test_families import call, uneven
 from .test_families_end_to_end import SMALL
 
+pytestmark = pytest.mark.models
+
 FAMILIES = {
     "wan": (cases_b.tiny_wan, cases_b.wan_batch),
     "wan-picture": (cases_b.tiny_wan_picture, cases_b.wan_picture_batch),

@@ -21,6 +21,8 @@ from .single_files import (
 from .single_files_joint import flux2_tensors, hunyuan_tensors
 from .test_families import call, staged_of, uneven
 
+pytestmark = pytest.mark.models
+
 WRITERS = {
     "sd3": sd3_tensors,
     "sd3.5": sd3_tensors,

@@ -20,6 +20,8 @@ from .single_files import (
 )
 from .tiny_pipelines import PIPELINES
 
+pytestmark = pytest.mark.models
+
 SHORT = ("--pipeline-option", "max_sequence_length=8")
 FAST = ("--activations", "trajectory", "--steps", 4, "--trajectories", 4, "--trajectory-batch", 2,
         *SHORT)  # fmt: skip

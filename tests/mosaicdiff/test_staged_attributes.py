@@ -7,6 +7,8 @@ from mosaicdiff.pipeline import cut
 
 from .tiny_pipelines import PIPELINES, ddim, flow_euler, tiny_flux, tiny_unet
 
+pytestmark = pytest.mark.models
+
 CONFIG = PruneConfig(sparsity=0.3, allocation="score", stages=2, steps=4)
 
 

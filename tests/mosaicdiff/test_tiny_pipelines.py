@@ -6,6 +6,8 @@ from diffusers import DiffusionPipeline
 
 from .tiny_pipelines import PIPELINES
 
+pytestmark = pytest.mark.models
+
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_tiny_pipeline_is_whole(name, tmp_path):

@@ -22,6 +22,8 @@ from .conftest import flow_scheduler, tiny_batches
 from .test_clock import CountReads, record_route
 from .two_denoisers import TwoDenoiserPipeline, two_denoiser_pipeline
 
+pytestmark = pytest.mark.models
+
 STEPS = 10
 SMALL = {"sparsity": 0.3, "samples": 16, "steps": STEPS, "probe_samples": 8}
 

@@ -15,6 +15,8 @@ from mosaicdiff.adapters import DENOISER_CLASSES
 from .commands import kept_counts, run_json
 from .tiny_pipelines import PIPELINES
 
+pytestmark = pytest.mark.models
+
 CAPTIONS = ["a cat", "b dog", "zzz 9", "a dog 7"]
 KNOWN = [name for name, tiny in PIPELINES.items() if tiny.denoiser_class in DENOISER_CLASSES]
 

@@ -19,6 +19,8 @@ from mosaicdiff.inputs.load import load_calibration
 from ..commands import kept_counts, refused, run_json, weights_file
 from ..tiny_pipelines import PIPELINES
 
+pytestmark = pytest.mark.models
+
 CAPTIONS = ["a cat", "a dog", "zzz 9", "a cat", "b", "a dog 7"]
 SMALL = ("--samples", 16, "--steps", 4, "--stages", 1, "--allocation", "uniform")
 QUICK = (*SMALL, "--pipeline-option", "max_sequence_length=8")
