@@ -36,7 +36,7 @@ def test_dry_run_prints_every_part(tmp_path):
     ):
         assert expected in done.stdout
     summary = done.stdout.split("== summary\n")[1].splitlines()
-    names = ["build", "test", "kernels", "sanitize"]
+    names = ["build", "test", "models", "kernels", "sanitize"]
     names += ["hessian", "cholesky", "sweep", "joint", "prune"]
     assert [line.split(":")[0] for line in summary] == names
     assert not out.exists()

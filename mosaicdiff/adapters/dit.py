@@ -38,15 +38,11 @@ class BiasOnlyBlock(nn.Module):
         **kwargs: Any,
     ) -> torch.Tensor:
         norm: Any = self.norm1
-        biases = [getattr(part, "bias", None) for part in (self.attn1, self.ff)]
-        if biases[0] is None and biases[1] is None:
-            return hidden_states
         emb = norm.emb(timestep, class_labels, hidden_dtype=hidden_states.dtype)
         _, _, gate_attn, _, _, gate_ff = norm.linear(norm.silu(emb)).chunk(6, dim=1)
-        for gate, bias in zip((gate_attn, gate_ff), biases, strict=True):
-            if bias is not None:
-                hidden_states = hidden_states + gate[:, None] * bias
-        return hidden_states
+        layers: Any = self
+        hidden_states = hidden_states + gate_attn[:, None] * layers.attn1.bias
+        return hidden_states + gate_ff[:, None] * layers.ff.bias
 
 
 class DiTAdapter(Family):

@@ -74,7 +74,7 @@ def test_joined_bins_are_the_mean_by_their_steps(bins):
                 wanted = sum(s * getattr(part, name).double() for s, part in pairs)
                 error = (getattr(found, name).double() - wanted).abs().max()
                 assert error <= 1e-6 * wanted.abs().max()
-        name = bins.layers[0].readers[0]
+        name = bins.layers[0].readers[0].name
         wanted = sum(
             s * bins.weights["sensitivity"][b][name] for s, b in zip(shares, group, strict=True)
         )

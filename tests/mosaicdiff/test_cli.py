@@ -328,7 +328,7 @@ def test_another_version_is_refused(pruned, tmp_path):
     for command in (("info",), ("evaluate", "--num-images", "2"), ("bench",)):
         result = run(command[0], tmp_path / "m", *command[1:])
         assert result.exit_code == 2, result.output
-        assert "format_version must be 2, got 1" in result.stderr
+        assert "format_version must be 3, got 1" in result.stderr
 
 
 def test_errors_can_be_read_as_json():
