@@ -66,6 +66,15 @@ def test_prune_by_prompts_save_load_and_sample(name, tmp_path):
         assert torch.isfinite(drawn).all()
         assert (drawn - wanted).abs().max() < 1e-5
         assert (drawn - tiny.sample(dense)).abs().max() > 1e-5
+    other = type(loaded).from_pipe(loaded)
+    other.set_progress_bar_config(disable=True)
+    assert getattr(other, tiny.component) is getattr(loaded, tiny.component)
+    assert (tiny.sample(other) - drawn).abs().max() < 1e-5
+    half = DiffusionPipeline.from_pretrained(output, torch_dtype=torch.bfloat16)
+    half.set_progress_bar_config(disable=True)
+    stages = getattr(half, tiny.component).stage_models
+    assert all(p.dtype == torch.bfloat16 for stage in stages for p in stage.parameters())
+    assert torch.isfinite(tiny.sample(half).float()).all()
 
 
 @pytest.mark.parametrize("name", KNOWN)
