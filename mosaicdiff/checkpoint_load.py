@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from .adapters import adapter_for_class
+from .adapters import Adapter, adapter_for_class
 from .checkpoint import CONFIG, FORMAT_VERSION, REPORT, kept_groups, union_groups, weights_name
 from .groups import Piece, PrunableLayer
 from .masked_storage import MASKED, read_masked
@@ -36,11 +36,28 @@ def load(path: str | Path, **kwargs: Any) -> StagedDenoiser:
         raise ValueError(f"StagedDenoiser: {folder} must hold {weights.name}, but it does not.")
     tensors = load_file(weights, device=str(device))
     dtype = torch.float32 if dtype is None else dtype
-    tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
+    tensors = cast(tensors, dtype, adapter_for_class(config["base"]["class"]))
     report = folder / REPORT
     return assemble(
         config, tensors, json.loads(report.read_text()) if report.is_file() else {}, device
     )
+
+
+def cast(
+    tensors: dict[str, torch.Tensor], dtype: torch.dtype, adapter: Adapter
+) -> dict[str, torch.Tensor]:
+    """Give a checkpoint's numbers a type; in half precision some stay float32, as in diffusers.
+
+    Args:
+        tensors: by stored name.
+    """
+    half = dtype in (torch.float16, torch.bfloat16)
+    found = {}
+    for name, tensor in tensors.items():
+        kept = half and not adapter.float32_modules.isdisjoint(name.split("."))
+        wanted = torch.float32 if kept else dtype
+        found[name] = tensor.to(wanted) if tensor.is_floating_point() else tensor
+    return found
 
 
 def _resolve_folder(path: str | Path, kwargs: dict[str, Any]) -> Path:

@@ -77,6 +77,8 @@ class StagedDenoiser(ModelMixin, ConfigMixin):
         self.info = info
         self.stage_models = nn.ModuleList(stage_models)
         self.adapter: Adapter = adapter_for_class(info.base_class)
+        # diffusers leaves these out where it asks for the type of a model.
+        self._keep_in_fp32_modules = sorted(self.adapter.float32_modules) or None
         self._clock = StageClock(info.division, time_scale(self.adapter, info.base_config))
         self.register_to_config(**info.base_config)
 

@@ -47,6 +47,11 @@ class Adapter(ABC):
     #: Whether what dropping layers and blocks changes of the stream can be measured.
     watches_blocks: bool = False
 
+    @property
+    @abstractmethod
+    def float32_modules(self) -> frozenset[str]:
+        """Parts of names of what diffusers keeps in float32 in a model of half precision."""
+
     @abstractmethod
     def empty(self, config: dict[str, Any]) -> Denoiser:
         """Make the dense denoiser with its parameters on the meta device (buffers are real)."""

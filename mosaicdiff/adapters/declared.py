@@ -30,6 +30,13 @@ class Family(Adapter):
     #: Names in the block of attentions of image and text together.
     joint_layers: tuple[str, ...] = ()
 
+    @property
+    def float32_modules(self) -> frozenset[str]:
+        import diffusers
+
+        names = getattr(diffusers, self.denoiser_class)._keep_in_fp32_modules
+        return frozenset([names] if isinstance(names, str) else names or ())
+
     def empty(self, config: dict[str, Any]) -> Denoiser:
         import diffusers
         from accelerate import init_empty_weights

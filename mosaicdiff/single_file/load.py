@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ..checkpoint_load import assemble, check_config
+from ..adapters import adapter_for_class
+from ..checkpoint_load import assemble, cast, check_config
 from ..runtime import StagedDenoiser
 from .plan import read_plan, unpack_kept
 
@@ -32,10 +33,8 @@ def load_single_file(
     """
     plan = read_plan(path)
     config = check_config(plan["checkpoint"], Path(path))
-    tensors = {
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor
-        for name, tensor in _stored(Path(path), plan, device).items()
-    }
+    adapter = adapter_for_class(config["base"]["class"])
+    tensors = cast(_stored(Path(path), plan, device), dtype, adapter)
     tensors |= {name: unpack_kept(packed) for name, packed in plan["kept"].items()}
     return assemble(config, tensors, plan["report"], torch.device(device))
 

@@ -72,8 +72,7 @@ def test_prune_by_prompts_save_load_and_sample(name, tmp_path):
     assert (tiny.sample(other) - drawn).abs().max() < 1e-5
     half = DiffusionPipeline.from_pretrained(output, torch_dtype=torch.bfloat16)
     half.set_progress_bar_config(disable=True)
-    stages = getattr(half, tiny.component).stage_models
-    assert all(p.dtype == torch.bfloat16 for stage in stages for p in stage.parameters())
+    assert getattr(half, tiny.component).dtype == torch.bfloat16
     assert torch.isfinite(tiny.sample(half).float()).all()
 
 
