@@ -9,7 +9,7 @@ import torch
 
 from .adapters import Adapter
 from .config import PruneConfig
-from .groups import Denoiser, PrunableLayer, input_widths
+from .groups import Denoiser, PrunableLayer, input_widths, leading_parameter
 from .statistics.bank import HessianBank
 from .statistics.calibration import packed_bytes
 
@@ -32,7 +32,7 @@ def estimate_cost(
         widest layers at once), `rate` (operations a second of a matrix product here and now) and
         `seconds`.
     """
-    parameter = next(denoiser.parameters())
+    parameter = leading_parameter(denoiser)
     rate = measure_rate(parameter.device, parameter.dtype)
     samples, sums = stages * config.samples, 1
     if config.activations == "trajectory":  # all stages in one run; guidance is not counted

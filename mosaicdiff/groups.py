@@ -226,6 +226,18 @@ class WeightTarget:
     source: str
 
 
+def leading_parameter(denoiser: Denoiser) -> torch.Tensor:
+    """Return a parameter of the type, and on the device, that a denoiser is given its inputs in.
+
+    Not one that diffusers keeps in float32 while the rest is in half precision.
+    """
+    kept = set(getattr(denoiser, "_keep_in_fp32_modules", None) or ())
+    found: torch.Tensor = next(
+        p for name, p in denoiser.named_parameters() if kept.isdisjoint(name.split("."))
+    )
+    return found
+
+
 def shared_input(*names: str) -> list[WeightTarget]:
     """Return targets that are all given the same input."""
     return [WeightTarget(name, names[0]) for name in names]

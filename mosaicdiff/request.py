@@ -13,7 +13,7 @@ from .adapters import Adapter, adapter_for
 from .allocation.costs import CostModel, layer_sizes
 from .allocation.planning import Frame, effort_bounds, make_frame, share_plan
 from .config import PruneConfig
-from .groups import Denoiser, Macs, PrunableLayer
+from .groups import Denoiser, Macs, PrunableLayer, leading_parameter
 from .inputs.asked import CalibrationSource, read_asked, read_data, with_batch
 from .patterns import check_patterns, is_chosen
 from .runtime import StagedDenoiser
@@ -80,7 +80,7 @@ class Job:
         """Where the denoiser runs; with offloading its parameters rest elsewhere."""
         if self.pipeline is not None:
             return torch.device(self.pipeline._execution_device)
-        return next(self.denoiser.parameters()).device
+        return leading_parameter(self.denoiser).device
 
     def require_data(self, purpose: str) -> CalibrationSet:
         """Return the clean latents: those given, or else those that the pipeline drew.
@@ -275,7 +275,7 @@ def _check_reach(
     macs: Macs,
 ) -> CostModel:
     """Refuse a budget that even removing all that may go does not meet."""
-    parameter = next(denoiser.parameters())
+    parameter = leading_parameter(denoiser)
     costs = CostModel(
         layers,
         frame.steps,

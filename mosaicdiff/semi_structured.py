@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .evaluate.latency import time_networks
+from .groups import leading_parameter
 from .pack import StageBuilder, make_linear
 from .runtime import StagedDenoiser
 
@@ -63,7 +64,7 @@ def to_semi_structured(
         ValueError: the dtype is another, or no linear is masked 2:4 or fits.
     """
     stages: list[Any] = list(staged.stage_models)
-    parameter = next(stages[0].parameters())
+    parameter = leading_parameter(stages[0])
     check_device(parameter.device)
     if parameter.dtype not in DTYPES:
         raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..groups import Denoiser, Macs, PrunableLayer, WeightTarget, shared_input
+from ..groups import Denoiser, Macs, PrunableLayer, WeightTarget, leading_parameter, shared_input
 from ..model_checks import check_shapes, check_state
 from ..pack import BiasOnly
 from .base import Adapter
@@ -155,7 +155,7 @@ class Family(Adapter):
 
     def macs(self, denoiser: Denoiser) -> Macs:
         def call(copy: Denoiser, device: torch.device) -> None:
-            dtype = next(denoiser.parameters()).dtype
+            dtype = leading_parameter(denoiser).dtype
             latents = torch.zeros(1, *self.latent_shape(denoiser), device=device, dtype=dtype)
             timesteps = torch.zeros(1, device=device)
             inputs = self.example_inputs(copy, 1, device)

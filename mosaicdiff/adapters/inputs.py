@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..groups import Denoiser
+from ..groups import Denoiser, leading_parameter
 
 #: Before the name of the null condition of an input.
 NEGATIVE = "negative_"
@@ -196,7 +196,7 @@ def example_conditions(
     device: torch.device,
 ) -> dict[str, torch.Tensor]:
     """Make conditions of the right shapes and types, without the optional ones."""
-    dtype, found = next(denoiser.parameters()).dtype, {}
+    dtype, found = leading_parameter(denoiser).dtype, {}
     for condition in conditions:
         if not condition.needed(denoiser):
             continue

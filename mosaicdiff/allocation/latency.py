@@ -17,7 +17,7 @@ import torch
 
 from ..adapters import Adapter, adapter_for
 from ..files import write_text
-from ..groups import Denoiser, PrunableLayer
+from ..groups import Denoiser, PrunableLayer, leading_parameter
 from ..statistics.capture import evaluating
 from ..surgery import Surgeon
 from .timing import (
@@ -262,7 +262,7 @@ def measure_table(
                 f"measure_table: {name} must be at least {least}, got {value}. The default will do."
             )
     adapter.check(denoiser)
-    timer = timer or default_timer(next(denoiser.parameters()).device)
+    timer = timer or default_timer(leading_parameter(denoiser).device)
     found = adapter.layers(denoiser, shared_norms)
     layers = [(layer, shape_of(denoiser, layer)) for layer in found]
     examples: dict[LayerShape, PrunableLayer] = {}
@@ -343,7 +343,7 @@ def latency_table(
 
 def _conditions(denoiser: Denoiser, batch_size: int, shared_norms: str) -> dict[str, Any]:
     """Return everything but the numbers: what must agree for a table to hold."""
-    parameter = next(denoiser.parameters())
+    parameter = leading_parameter(denoiser)
     if parameter.device.type == "cuda":
         device = torch.cuda.get_device_name(parameter.device)
     else:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..adapters import Adapter
-from ..groups import Denoiser, PrunableLayer
+from ..groups import Denoiser, PrunableLayer, leading_parameter
 from ..pack import LayerState, dense_parts, narrow_parts
 from ..surgery import Surgeon
 
@@ -111,7 +111,7 @@ def widths(layer: PrunableLayer, points: int) -> tuple[int, ...]:
 
 def dense_call(denoiser: Denoiser, adapter: Adapter, batch_size: int) -> Call:
     """Return one call of a denoiser with inputs of the right shapes."""
-    parameter = next(denoiser.parameters())
+    parameter = leading_parameter(denoiser)
     shape = (batch_size, *adapter.latent_shape(denoiser))
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     inputs = adapter.example_inputs(denoiser, batch_size, parameter.device)

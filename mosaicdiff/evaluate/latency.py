@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..adapters import Adapter, adapter_for
-from ..groups import Macs
+from ..groups import Macs, leading_parameter
 from ..runtime import StagedDenoiser
 
 
@@ -68,7 +68,7 @@ def measure_latency(
         repeats: rounds over all networks, after one that is not counted.
     """
     adapter = adapter_for(dense)
-    parameter = next(dense.parameters())
+    parameter = leading_parameter(dense)
     device = parameter.device
     networks: list[tuple[nn.Module, int]] = [(dense, staged.division.stages[0].first)]
     networks += [
@@ -122,7 +122,7 @@ def time_networks(
         Milliseconds of each round, by network.
     """
     first = networks[0][0]
-    parameter = next(first.parameters())
+    parameter = leading_parameter(first)
     device = parameter.device
     generator = torch.Generator().manual_seed(0)
     shape = (batch_size, *adapter.latent_shape(first))

@@ -12,7 +12,7 @@ import torch
 from ..adapters import Adapter
 from ..allocation.planning import Frame
 from ..config import PruneConfig
-from ..groups import Denoiser
+from ..groups import Denoiser, leading_parameter
 from ..sources import class_count
 from ..statistics.noising import Batch, CalibrationSet
 from ..statistics.prompts import (
@@ -194,7 +194,7 @@ def with_batch(
     """
     if config.batch_size != "auto":
         return config
-    parameter = next(denoiser.parameters())
+    parameter = leading_parameter(denoiser)
     middle = torch.from_numpy(frame.schedule.timesteps)[len(frame.schedule.timesteps) // 2]
 
     def call(rows: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from ..distributed import World
-from ..groups import Denoiser
+from ..groups import Denoiser, leading_parameter
 from ..request import Job
 from ..runtime import StagedDenoiser
 from ..statistics.collect import Collected, Peak, Progress, collect
@@ -110,7 +110,7 @@ def solve_packages(
     Returns:
         The solutions of each stage.
     """
-    device, world = next(job.denoiser.parameters()).device, World.current()
+    device, world = leading_parameter(job.denoiser).device, World.current()
     solved: Solved = [{} for _ in job.frame.division.stages]
     for p, package in enumerate(split.packages):
         stored = world.from_first(None if state is None else state.load(p))

@@ -11,7 +11,7 @@ from torch import nn
 from ..adapters import Adapter
 from ..allocation.planning import PrunePlan
 from ..config import PruneConfig
-from ..groups import Denoiser, PrunableLayer
+from ..groups import Denoiser, PrunableLayer, leading_parameter
 from ..pack import LayerState, Parts, dense_parts, narrow_parts
 from ..request import Job
 from ..runtime import StagedDenoiser, StageInfo
@@ -79,7 +79,7 @@ class Fitter:
         curve = self._curves[stage][problem.layer.name]
         solution = fit_layer(
             problem, curve.kept(count), self._job.config.compensation, curve.damping
-        ).to(next(self._job.denoiser.parameters()).device)
+        ).to(leading_parameter(self._job.denoiser).device)
         self._memory[key] = solution
         self._held += _bytes(solution)
         while self._held > self._limit and self._memory:

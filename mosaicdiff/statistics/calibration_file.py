@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from ..config import PruneConfig
 from ..files import current_umask
-from ..groups import Denoiser, PrunableLayer
+from ..groups import Denoiser, PrunableLayer, leading_parameter
 from ..solving.curves import RemovalCurve
 from ..trajectory.schedule import NoiseSchedule
 from ..trajectory.stages import Division, Stage
@@ -48,7 +48,7 @@ def made_for(
     return {
         "model": digest.hexdigest(),
         "class": type(denoiser).__name__,
-        "dtype": str(next(denoiser.parameters()).dtype).removeprefix("torch."),
+        "dtype": str(leading_parameter(denoiser).dtype).removeprefix("torch."),
         "schedule": hashlib.blake2b(levels, digest_size=16).hexdigest(),
         **{name: getattr(config, name) for name in _MEASURED_WITH},
         **sampled,

@@ -12,6 +12,7 @@ from ..adapters import Adapter
 from ..batch_errors import in_batch
 from ..config import PruneConfig
 from ..distributed import World
+from ..groups import leading_parameter
 from ..inputs.rows import Rows
 from ..trajectory.schedule import NoiseSchedule
 from ..trajectory.stages import Stage
@@ -210,7 +211,7 @@ def draw_noisy(
         generator: of all that is drawn.
         samples: how many; those of the configuration by default.
     """
-    parameter = next(denoiser.parameters())
+    parameter = leading_parameter(denoiser)
     count = config.samples if samples is None else samples
     names = torch.from_numpy(schedule.timesteps)
     names = names.float() if names.is_floating_point() else names

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..adapters import Adapter
+from ..groups import leading_parameter
 from ..statistics.capture import evaluating
 from ..statistics.noising import CalibrationSet
 from .schedulers import Sampling, start_steps
@@ -73,7 +74,7 @@ class Probe:
         span: Span | None = None,
         partner: nn.Module | None = None,
     ) -> None:
-        parameter = next(denoiser.parameters())
+        parameter = leading_parameter(denoiser)
         self._device, self._dtype = parameter.device, parameter.dtype
         self._adapter, self._denoiser, self._seed = adapter, denoiser, seed
         self._scheduler = type(scheduler).from_config(scheduler.config)

@@ -98,3 +98,16 @@ def test_prune_by_images_with_captions(name, tmp_path):
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "out")
     loaded.set_progress_bar_config(disable=True)
     assert torch.isfinite(tiny.sample(loaded)).all()
+
+
+def test_half_precision_with_parts_in_float32(tmp_path):
+    """Wan's first parameter stays float32 in a model of bfloat16: inputs are bfloat16."""
+    tiny = PIPELINES["wan"]
+    tiny.whole(tmp_path / "words").save_pretrained(tmp_path / "model")
+    pipe = mosaicdiff.load_pipeline(tmp_path / "model", dtype=torch.bfloat16)
+    assert next(pipe.transformer.parameters()).dtype == torch.float32
+    trajectory = {"samples": 4, "batch_size": 2, "options": dict(tiny.options)}
+    config = PruneConfig(activations="trajectory", steps=3, stages=2, trajectory=trajectory)
+    mosaicdiff.prune(pipe, config, prompts=CAPTIONS)  # `optimal`: the probe runs too
+    assert pipe.transformer.dtype == torch.bfloat16
+    assert torch.isfinite(tiny.sample(pipe).float()).all()
