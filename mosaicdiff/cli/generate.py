@@ -1,4 +1,4 @@
-"""`mosaicdiff generate`: pictures from a model."""
+"""`mosaicdiff generate`: pictures or videos from a model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,12 @@ from .common import (
 )
 
 if TYPE_CHECKING:
+    import torch
     from diffusers import DiffusionPipeline
+    from PIL import Image
+
+#: Frames a second of a video's file: the models' own are from 16 to 25.
+_FRAME_RATE = 16
 
 
 @click.command(
@@ -59,7 +64,7 @@ if TYPE_CHECKING:
     "--output",
     type=click.Path(path_type=Path),
     required=True,
-    help="A .png for one sheet, or a folder for a file a picture.",
+    help="A .png for one sheet (.gif for one video), or a folder for a file each.",
 )
 @json_option
 @guarded
@@ -86,21 +91,19 @@ def generate(
             f"--classes must be left out with --prompt, got {classes}: a model takes one of them."
         )
     more = parse_pipeline_options(pipeline_option)
-    single = output.suffix.lower() == ".png"
+    single = output.suffix.lower() in (".png", ".gif")
     if not single and output.is_file():
-        raise ValueError(f"--output must be a .png file or a folder, got the file {output}.")
+        raise ValueError(f"--output must be a .png, a .gif or a folder, got the file {output}.")
     parent = next(folder for folder in output.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"--output must lie in a folder that can be written to, got {output}.")
     target = pick_device(device)
-    from PIL import Image
-
-    from ..evaluate.sampling import sample_images
+    from ..evaluate.sampling import draws_video, sample_images
     from ..sources import load_pipeline
-    from .plots import picture_grid
 
     pipe = load_pipeline(model, pick_dtype(dtype, target), target, pipeline_config)
     conditions = _conditions(pipe, labels, prompts)
+    _check_kind(output, draws_video(pipe), len(conditions))
     by_class = isinstance(conditions[0], int)
     if by_class:
         steps = 50 if steps is None else steps
@@ -118,22 +121,52 @@ def generate(
             advance=lambda count: bar.advance(task, count),
         )
     (output.parent if single else output).mkdir(parents=True, exist_ok=True)
-    files = []
-    sheets = [("", images)]
+    sheets = [(output, images)]
     if not single:
+        kind = "gif" if images.ndim == 5 else "png"
         names = [f"-class-{condition}" if by_class else "" for condition in conditions]
-        sheets = [(f"{i:04d}{name}.png", images[i : i + 1]) for i, name in enumerate(names)]
-    for name, sheet in sheets:
-        file = output / name if name else output
-        Image.fromarray(picture_grid(sheet, columns=min(10, len(sheet)), scale=1).squeeze()).save(
-            file
-        )
-        files.append(str(file))
+        sheets = [(output / f"{i:04d}{n}.{kind}", images[i : i + 1]) for i, n in enumerate(names)]
+    for file, sheet in sheets:
+        _write(sheet, file)
+    files = [str(file) for file, _ in sheets]
     if as_json:
         asked = {"classes" if by_class else "prompts": conditions}
         print_json({"files": files, **asked, "seconds": seconds, "seed": seed})
         return
     click.echo(f"{len(conditions)} pictures in {seconds:.1f} s: {output}")
+
+
+def _check_kind(output: Path, video: bool, count: int) -> None:
+    """Refuse a file that cannot hold what is drawn.
+
+    Raises:
+        ValueError: it is of the other kind, or one file for several videos.
+    """
+    kind = output.suffix.lower()
+    if kind == (".png" if video else ".gif"):
+        raise ValueError(
+            f"--output must be a {'.gif' if video else '.png'} or a folder for a model that draws "
+            f"{'videos' if video else 'pictures'}, got {output}."
+        )
+    if kind == ".gif" and count > 1:
+        raise ValueError(f"--output must be a folder for {count} videos, got {output}.")
+
+
+def _write(sheet: torch.Tensor, file: Path) -> None:
+    """Write pictures (N, C, H, W) on one sheet, or a video (1, F, C, H, W)."""
+    from PIL import Image
+
+    from .plots import picture_grid
+
+    def picture(images: torch.Tensor) -> Image.Image:
+        columns = min(10, len(images))
+        return Image.fromarray(picture_grid(images, columns=columns, scale=1).squeeze())
+
+    if sheet.ndim == 4:
+        picture(sheet).save(file)
+        return
+    first, *rest = [picture(frame[None]) for frame in sheet[0]]
+    first.save(file, save_all=True, append_images=rest, duration=1000 // _FRAME_RATE, loop=0)
 
 
 def _conditions(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -27,6 +28,11 @@ def balanced_labels(count: int, classes: int) -> list[int]:
     return [i % classes for i in range(count)]
 
 
+def draws_video(pipe: DiffusionPipeline) -> bool:
+    """Tell whether a pipeline is asked for frames."""
+    return "num_frames" in inspect.signature(type(pipe).__call__).parameters
+
+
 def sample_images(
     pipe: DiffusionPipeline,
     conditions: Sequence[int] | Sequence[str],
@@ -38,7 +44,7 @@ def sample_images(
     options: Mapping[str, Any] | None = None,
     advance: Callable[[int], None] = lambda images: None,
 ) -> tuple[torch.Tensor, float]:
-    """Sample one picture a label, or a prompt.
+    """Sample one picture, or video, a label or a prompt.
 
     Args:
         pipe: class-conditional, or asked in words.
@@ -51,7 +57,8 @@ def sample_images(
         advance: hears of the pictures of each call.
 
     Returns:
-        Images (N, C, H, W) in [-1, 1], float32 on the CPU, and the seconds that it took.
+        Images (N, C, H, W), or videos (N, F, C, H, W), in [-1, 1], float32 on the CPU, and the
+        seconds that it took.
 
     Raises:
         ValueError: there are no conditions, or the pipeline takes none, or not such options.
@@ -76,7 +83,8 @@ def sample_images(
         started = time.perf_counter()
         generator = image_generators(seed, first, len(chunk))
         try:
-            sampled = pipe(**{argument: chunk}, generator=generator, **given).images
+            made = pipe(**{argument: chunk}, generator=generator, **given)
+            sampled = made.frames if draws_video(pipe) else made.images
         except Exception as error:
             count = -(-len(conditions) // batch_size)
             raise in_batch(error, "sample_images", first // batch_size, count) from error

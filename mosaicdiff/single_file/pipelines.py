@@ -152,7 +152,7 @@ def _denoiser(
     kind = getattr(diffusers, class_name)
     try:
         model = kind.from_single_file(str(file), config=config, subfolder=subfolder, dtype=dtype)
-    except (KeyError, ValueError, RuntimeError, IndexError) as error:
+    except (KeyError, ValueError, RuntimeError, IndexError, SingleFileComponentError) as error:
         raise ValueError(
             f"load_single_file_pipeline: {file} could not be read as {class_name} of {config}: "
             f"{type(error).__name__}: {error}"

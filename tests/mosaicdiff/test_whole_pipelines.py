@@ -12,7 +12,7 @@ import mosaicdiff
 from mosaicdiff import PruneConfig, StagedDenoiser
 from mosaicdiff.adapters import DENOISER_CLASSES
 
-from .commands import kept_counts, run_json
+from .commands import kept_counts, run, run_json
 from .tiny_pipelines import PIPELINES
 
 pytestmark = pytest.mark.models
@@ -111,3 +111,22 @@ def test_half_precision_with_parts_in_float32(tmp_path):
     mosaicdiff.prune(pipe, config, prompts=CAPTIONS)  # `optimal`: the probe runs too
     assert pipe.transformer.dtype == torch.bfloat16
     assert torch.isfinite(tiny.sample(pipe).float()).all()
+
+
+def test_videos_are_drawn_as_moving_pictures(tmp_path):
+    tiny = PIPELINES["wan"]
+    tiny.whole(tmp_path / "words").save_pretrained(tmp_path / "model")
+    asked = (*as_options(tiny.options), "--steps", 2)
+    for target, prompts in ((tmp_path / "v.gif", ["a cat"]), (tmp_path / "v", CAPTIONS[:2])):
+        named = [part for prompt in prompts for part in ("--prompt", prompt)]
+        files = run_json("generate", tmp_path / "model", *named, "--output", target, *asked)[
+            "files"
+        ]
+        assert len(files) == len(prompts)
+        for file in files:
+            with Image.open(file) as video:
+                assert (video.format, video.n_frames) == ("GIF", tiny.options["num_frames"])
+    for target, prompts in ((tmp_path / "v.png", CAPTIONS[:1]), (tmp_path / "w.gif", CAPTIONS[:2])):
+        named = [part for prompt in prompts for part in ("--prompt", prompt)]
+        result = run("generate", tmp_path / "model", *named, "--output", target, *asked)
+        assert result.exit_code == 2 and "--output must be a" in result.stderr
