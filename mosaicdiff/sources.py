@@ -17,6 +17,8 @@ from .trajectory.span import Span
 
 #: Name of the embedded model, wherever a model is asked for.
 DIGITS = "digits"
+#: Single files that are no safetensors: refused as such, with the cure.
+_PICKLED = (".ckpt", ".pt", ".pth", ".bin")
 
 _SECOND = "transformer_2"
 _COMPONENTS = ("transformer", "unet", _SECOND)
@@ -41,7 +43,7 @@ def load_pipeline(
         ValueError: there is no such model, or the folder holds no pipeline.
     """
     path = digits.MODEL_FOLDER if str(model) == DIGITS else Path(model)
-    if path.suffix == ".safetensors":
+    if path.suffix in (".safetensors", *_PICKLED):
         return load_single_file_pipeline(path, config, dtype, device)
     if config is not None:
         raise ValueError(

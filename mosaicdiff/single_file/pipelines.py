@@ -154,8 +154,10 @@ def _denoiser(
         model = kind.from_single_file(str(file), config=config, subfolder=subfolder, dtype=dtype)
     except (KeyError, ValueError, RuntimeError, IndexError, SingleFileComponentError) as error:
         raise ValueError(
-            f"load_single_file_pipeline: {file} could not be read as {class_name} of {config}: "
-            f"{type(error).__name__}: {error}"
+            f"load_single_file_pipeline: {file} must hold a {class_name} as {config} has it, in "
+            "the layout it was published in, but diffusers could not read it so "
+            f"({type(error).__name__}: {error}). Name the pipeline it belongs to, or give a folder "
+            "in diffusers' layout."
         ) from None
     absent = [key for key, tensor in model.state_dict().items() if tensor.is_meta]
     if absent:
