@@ -23,7 +23,7 @@ class FluxAdapter(PackedImages):
     """
 
     denoiser_class = "FluxTransformer2DModel"
-    pipelines = ("FluxPipeline", "FluxImg2ImgPipeline", "FluxInpaintPipeline")
+    pipelines = ("FluxPipeline",)
     summary = (
         "heads of joint attention and FFN neurons of both streams; heads and neurons of "
         "parallel blocks"

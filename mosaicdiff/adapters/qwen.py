@@ -26,7 +26,7 @@ class QwenImageAdapter(Family):
     """
 
     denoiser_class = "QwenImageTransformer2DModel"
-    pipelines = ("QwenImagePipeline", "QwenImageImg2ImgPipeline", "QwenImageInpaintPipeline")
+    pipelines = ("QwenImagePipeline",)
     summary = "heads of joint attention and FFN neurons of both streams"
     norms = "per head: exact"
     processors = ("QwenDoubleStreamAttnProcessor2_0",)

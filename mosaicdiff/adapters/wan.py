@@ -41,7 +41,7 @@ class WanAdapter(Family):
     """
 
     denoiser_class = "WanTransformer3DModel"
-    pipelines = ("WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline")
+    pipelines = ("WanPipeline", "WanImageToVideoPipeline")
     summary = "heads of self- and cross-attention and FFN neurons of every block"
     norms = "across heads: exact (queries and keys stay whole) or approximate"
     processors = ("WanAttnProcessor",)

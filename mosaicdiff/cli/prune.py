@@ -116,6 +116,11 @@ def prune(context: click.Context, as_json: bool, **options: Any) -> None:
     if output is not None and in_one:
         _check_single_file(model, output, options["overwrite"])
     elif output is not None:
+        if output.exists() and Path(model).exists() and output.samefile(model):
+            raise ValueError(
+                f"--output must be another folder than the model's, got {output} for both: the "
+                "dense model would be lost."
+            )
         check_output_folder(output, options["overwrite"])
     calibration, measured = options["calibration"], options["measured"]
     check_calibration(calibration)

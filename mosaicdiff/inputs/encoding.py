@@ -88,8 +88,8 @@ def pack(pipe: Any, latents: torch.Tensor) -> torch.Tensor:
 
 def _channels(vae: Any, name: str, latents: torch.Tensor) -> torch.Tensor | None:
     """Return what a VAE says of each channel, as a buffer or in its configuration."""
-    values = getattr(vae, name, None)
-    if not torch.is_tensor(values):
+    values = dict(vae.named_buffers()).get(name)
+    if values is None:
         values = vae.config.get(name)
     if values is None:
         return None

@@ -248,8 +248,9 @@ def start_steps(scheduler: Any, steps: int, sampling: Sampling | None = None) ->
         if sampling.tokens is None:
             raise ValueError(
                 "prune: tokens must be known for a scheduler with use_dynamic_shifting, whose "
-                "steps depend on the resolution, got none. Give the pipeline or its denoiser, or "
-                "a scheduler with use_dynamic_shifting=False and the shift of your size."
+                "steps depend on the resolution, got none. Say how many an image has "
+                "(--tokens), give the pipeline or its denoiser, or a scheduler with "
+                "use_dynamic_shifting=False and the shift of your size."
             )
         given["mu"] = shift_of(config, steps, sampling)
     if sampling.passes_sigmas and "sigmas" in takes and is_flow(scheduler):

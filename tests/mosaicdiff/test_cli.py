@@ -334,3 +334,12 @@ def test_another_version_is_refused(pruned, tmp_path):
 def test_errors_can_be_read_as_json():
     result = run("stages", "--schedule", "cosine", "--json")
     assert result.exit_code == 2 and "name must be" in json.loads(result.stdout)["error"]
+
+
+def test_overwriting_spares_other_folders_and_the_model_itself(pruned, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    result = run("prune", "digits", "--output", tmp_path, "--overwrite")
+    assert result.exit_code == 2 and "holds other files" in result.stderr
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+    result = run("prune", pruned[0], "--output", pruned[0], "--overwrite")
+    assert result.exit_code == 2 and "the dense model would be lost" in result.stderr
