@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-#: A folder that is overwritten must hold one of these: it is a model, and no folder by mistake.
+#: A model's folder holds one of these.
 _OURS = ("model_index.json", "config.json")
 
 
@@ -17,8 +17,7 @@ def check_output_folder(path: Path, overwrite: bool) -> None:
     """Refuse a path that holds something already.
 
     Raises:
-        ValueError: it is a file, or a folder that is not empty and may not be overwritten, or
-            holds no model.
+        ValueError: it is a file, or a folder that is not empty and may not be overwritten.
     """
     if path.exists() and not path.is_dir():
         raise ValueError(f"output: {path} must be a folder, but it is a file.")
@@ -27,16 +26,24 @@ def check_output_folder(path: Path, overwrite: bool) -> None:
             f"output: {path} must be new or empty, but it holds files. "
             "Choose another folder, or pass --overwrite to replace it."
         )
-    if path.is_dir() and any(path.iterdir()) and not any((path / n).is_file() for n in _OURS):
-        raise ValueError(
-            f"output: {path} must be new, empty or a model's folder to be replaced, but it holds "
-            "other files. Choose another folder, or delete it yourself."
-        )
     parent = path.absolute().parent
     while not parent.exists():
         parent = parent.parent
     if not os.access(parent, os.W_OK):
         raise ValueError(f"output: {parent} must be writable, but it is not.")
+
+
+def check_model_folder(path: Path) -> None:
+    """Refuse to replace a folder that holds something, but no model.
+
+    Raises:
+        ValueError: it does.
+    """
+    if path.is_dir() and any(path.iterdir()) and not any((path / n).is_file() for n in _OURS):
+        raise ValueError(
+            f"output: {path} must be new, empty or a model's folder to be replaced, but it holds "
+            "other files. Choose another folder, or delete it yourself."
+        )
 
 
 @contextmanager

@@ -106,7 +106,7 @@ def prune(context: click.Context, as_json: bool, **options: Any) -> None:
         from ..semi_structured import check_device
 
         check_device(device)
-    from ..files import check_output_folder, whole_folder
+    from ..files import check_model_folder, check_output_folder, whole_folder
     from ..pipeline import prune as run
     from ..single_file import save_single_file
     from ..sources import DIGITS, load_pipeline
@@ -122,6 +122,7 @@ def prune(context: click.Context, as_json: bool, **options: Any) -> None:
                 "dense model would be lost."
             )
         check_output_folder(output, options["overwrite"])
+        check_model_folder(output)
     calibration, measured = options["calibration"], options["measured"]
     check_calibration(calibration)
     prompts, cache = prompt_source(options), not options["no_cache"]

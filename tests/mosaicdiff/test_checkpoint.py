@@ -228,10 +228,10 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
 
 def test_an_interrupted_overwrite_keeps_the_old(tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "config.json").write_text("x")
+    (tmp_path / "out" / "old").write_text("x")
     with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "out", overwrite=True):
         raise KeyboardInterrupt
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["config.json"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["old"]
     with whole_folder(tmp_path / "out", overwrite=True) as folder:
         (folder / "new").write_text("y")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["new"]
