@@ -15,6 +15,8 @@ from mosaicdiff.trajectory.stages import Division
 
 from .test_clock import CountReads
 
+pytestmark = pytest.mark.models
+
 STEPS, ROWS = 12, 2
 LINEAR = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
 SCALED = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
