@@ -18,6 +18,7 @@ from torch import nn
 from . import digits
 from .adapters import DENOISER_CLASSES, Adapter, adapter_for_class
 from .groups import Denoiser, PrunableLayer
+from .model_checks import check_state
 from .single_file import check_source, is_pruned
 from .sources import DIGITS, find_denoiser
 
@@ -156,8 +157,6 @@ def check_prunable(model: DiffusionPipeline | Denoiser) -> None:
     if kind in DENOISER_CLASSES:
         adapter_for_class(kind).check(denoiser)
         return
-    from .model_checks import check_state
-
     check_state(denoiser)
     raise ValueError(_unsupported(kind))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -255,11 +255,6 @@ def input_named(name: str) -> Columns:
         return Columns(name)
     start, _, stop = rest.rstrip("]").partition(":")
     return Columns(module, int(start), int(stop))
-
-
-def find_layer(layers: Sequence[PrunableLayer], name: str) -> PrunableLayer:
-    """Return the layer of a name."""
-    return next(layer for layer in layers if layer.name == name)
 
 
 @dataclass(frozen=True)

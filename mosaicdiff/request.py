@@ -203,11 +203,8 @@ def _partner(pipeline: DiffusionPipeline | None, part: Component) -> Denoiser | 
 
 def sampling_of(adapter: Adapter, denoiser: Denoiser) -> Sampling:
     """Return how the pipelines of a family start their sampler, at the denoiser's own size."""
-    return Sampling(
-        adapter.tokens(denoiser)["image"],
-        adapter.passes_sigmas,
-        adapter.denoiser_class == "Flux2Transformer2DModel",
-    )
+    tokens = adapter.tokens(denoiser)["image"]
+    return Sampling(tokens, adapter.passes_sigmas, adapter.empirical_shift)
 
 
 def _check_norms(adapter: Adapter, denoiser: Denoiser, config: PruneConfig) -> None:

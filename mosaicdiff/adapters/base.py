@@ -32,6 +32,8 @@ class Adapter(ABC):
     sigma_scale: float | None = None
     #: Whether its pipelines pass sigmas linspace(1, 1/N, N) to `set_timesteps`.
     passes_sigmas: bool = False
+    #: Whether a shift that depends on the resolution follows FLUX.2's fit to tokens and steps.
+    empirical_shift: bool = False
     #: What the denoiser is conditioned on, beside latents and timestep.
     conditions: tuple[Condition, ...] = ()
     #: Whether latents of any size fit: a file of them is then held to their channels alone.

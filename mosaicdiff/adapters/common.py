@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import nn
 
 from ..groups import Denoiser, PrunableLayer
 
@@ -63,13 +62,6 @@ def check_fit(stage: Denoiser, layer: PrunableLayer, groups: int) -> None:
 def image_tokens(denoiser: Denoiser) -> int:
     """Return how many patches an image of the size that the denoiser was made for has."""
     return (denoiser.config.sample_size // denoiser.config.patch_size) ** 2
-
-
-def linear_weights(module: nn.Module | None) -> int:
-    """Count the weights of the linears of a module; none of None."""
-    if module is None:
-        return 0
-    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
 
 
 def check_one_time(timestep: torch.Tensor) -> None:

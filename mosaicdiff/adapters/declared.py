@@ -22,7 +22,7 @@ from .macs import count_macs
 class Family(Adapter):
     """An adapter from a declaration.
 
-    A family says in `block_kinds` what its blocks are, in `streams` what goes through them, in
+    A family says in `block_kinds` what its blocks are, by `tokens` how much goes through them, in
     `conditions` what it is called with; it overrides what is not usual.
     """
 

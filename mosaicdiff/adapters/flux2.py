@@ -63,6 +63,7 @@ class Flux2Adapter(PackedImages):
     joint_layers = ("attn",)
     sigma_scale = 1.0
     passes_sigmas = True
+    empirical_shift = True
     any_size = True
     conditions = (
         Condition("encoder_hidden_states", ("text", "joint_attention_dim")),

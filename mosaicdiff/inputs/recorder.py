@@ -85,7 +85,6 @@ def record_conditions(
         Exception: what the pipeline raises in a batch, with the batch's number.
     """
     parts: list[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]] = []
-    heard = _Run()
     count = -(-len(texts) // _TEXTS)
     with ExitStack() as stack:
         heard = stack.enter_context(_listening(pipe, denoisers))
@@ -160,13 +159,19 @@ def _stand_in(denoiser: nn.Module, heard: _Run) -> Callable[..., _Output]:
 
     @functools.wraps(forward)
     def call(*args: Any, **kwargs: Any) -> _Output:
-        given = dict(inspect.signature(forward).bind(denoiser, *args, **kwargs).arguments)
+        given = named_arguments(denoiser, args, kwargs)
         latents = next(value for name, value in given.items() if name != "self")
         heard.calls.append(given)
         heard.latents.append(latents)
         return _Output(torch.zeros_like(latents))
 
     return call
+
+
+def named_arguments(denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Name the arguments of a denoiser call, `self` with them."""
+    bound = inspect.signature(type(denoiser).forward).bind(denoiser, *args, **kwargs)
+    return dict(bound.arguments)
 
 
 @contextmanager
@@ -208,10 +213,7 @@ def _split(
         RuntimeError: there are other rows or calls.
     """
     rows = [len(latents) for latents in heard.latents]
-    found = [
-        {name: value.detach().cpu() for name, value in adapter.conditions_of(given).items()}
-        for given in heard.calls
-    ]
+    found = [adapter.conditions_of(given) for given in heard.calls]
     if rows == [texts]:
         return found[0], {}
     if rows == [2 * texts]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from ..batch_errors import in_batch
 from ..distributed import World
 from ..groups import Denoiser
 from ..inputs.joining import joined
-from ..inputs.recorder import quiet
+from ..inputs.recorder import named_arguments, quiet
 from ..runtime import time_scale
 from ..trajectory.clock import StageClock
 from ..trajectory.weights import step_weights
@@ -85,7 +84,7 @@ class _Watch:
 
     def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Hear of a denoiser call; its place is the scheduler's: guidance makes one or two."""
-        given = _bind(self.job.denoiser, args, kwargs)
+        given = named_arguments(self.job.denoiser, args, kwargs)
         timestep = given.get(self.job.adapter.timestep_argument[0])
         place = self.clock.place_of_call(timestep)
         if place is None:
@@ -115,12 +114,6 @@ class _Watch:
         total = min((len(value) for value in inputs.values()), default=rows)
         copies = total // len(latents)
         return latents.repeat(copies, *[1] * (latents.ndim - 1)), inputs
-
-
-def _bind(denoiser: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Name the arguments of a denoiser call."""
-    bound = inspect.signature(type(denoiser).forward).bind(denoiser, *args, **kwargs)
-    return dict(bound.arguments)
 
 
 def sample_statistics(

@@ -107,15 +107,20 @@ def train_levels(scheduler: Any) -> Levels:
             f"got {type(scheduler).__name__}, which gives no signal-to-noise ratio by train "
             "timestep. Plan with one of these that samples the same model."
         )
-    abar = _check_alphas(np.asarray(alphas.detach().cpu(), dtype=np.float64))
-    signal, noise = np.sqrt(abar), np.sqrt(1 - abar)
+    levels = alpha_levels(alphas.detach().cpu())
     if getattr(scheduler, "config", {}).get("timestep_type") != "continuous":
-        return Levels(signal, noise, np.arange(len(abar)))
-    sigma = np.maximum(noise, 1e-12) / np.maximum(signal, 1e-12)
-    return Levels(signal, noise, np.log(sigma) / 4, "log_sigma")
+        return levels
+    sigma = np.maximum(levels.noise, 1e-12) / np.maximum(levels.signal, 1e-12)
+    return replace(levels, timesteps=np.log(sigma) / 4, naming="log_sigma")
 
 
-def _check_alphas(abar: np.ndarray) -> np.ndarray:
+def alpha_levels(alphas_cumprod: Any) -> Levels:
+    """Return variance-preserving levels: signal sqrt(abar), noise sqrt(1 - abar).
+
+    Raises:
+        ValueError: the numbers are no falling row in [0, 1].
+    """
+    abar = np.asarray(alphas_cumprod, dtype=np.float64)
     if abar.ndim != 1 or len(abar) < 2:
         raise ValueError(
             "NoiseSchedule: alphas_cumprod must be one row of at least 2 numbers, "
@@ -125,16 +130,6 @@ def _check_alphas(abar: np.ndarray) -> np.ndarray:
         raise ValueError("NoiseSchedule: alphas_cumprod must lie in [0, 1].")
     if (np.diff(abar) >= 0).any():
         raise ValueError("NoiseSchedule: alphas_cumprod must fall from step to step.")
-    return abar
-
-
-def alpha_levels(alphas_cumprod: Any) -> Levels:
-    """Return variance-preserving levels: signal sqrt(abar), noise sqrt(1 - abar).
-
-    Raises:
-        ValueError: the numbers are no falling row in [0, 1].
-    """
-    abar = _check_alphas(np.asarray(alphas_cumprod, dtype=np.float64))
     return Levels(np.sqrt(abar), np.sqrt(1 - abar), np.arange(len(abar)))
 
 
