@@ -75,6 +75,11 @@ class Family(Adapter):
                         found[target.name] = target
         return tuple(found.values())
 
+    def latent_shape(self, denoiser: Denoiser) -> tuple[int, ...]:
+        """Return a square of the configuration's size, as image models state it."""
+        config = denoiser.config
+        return config.in_channels, config.sample_size, config.sample_size
+
     def stand_in(
         self, stage: Denoiser, layer: PrunableLayer, biases: Sequence[torch.Tensor | None]
     ) -> nn.Module | None:

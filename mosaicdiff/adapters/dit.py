@@ -79,10 +79,6 @@ class DiTAdapter(Family):
             if isinstance(block.attn1, BiasOnly) and isinstance(block.ff, BiasOnly):
                 builder.replace(f"transformer_blocks.{index}", BiasOnlyBlock(block))
 
-    def latent_shape(self, denoiser: Denoiser) -> tuple[int, ...]:
-        config = denoiser.config
-        return config.in_channels, config.sample_size, config.sample_size
-
     def check_inputs(
         self, denoiser: Denoiser, latents: torch.Tensor, inputs: dict[str, Any]
     ) -> None:

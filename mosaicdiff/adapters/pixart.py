@@ -69,7 +69,3 @@ class PixArtAdapter(Family):
         alpha = denoiser.use_additional_conditions
         text = ALPHA_TEXT_TOKENS if alpha else SIGMA_TEXT_TOKENS
         return {"image": image_tokens(denoiser), "text": text}
-
-    def latent_shape(self, denoiser: Denoiser) -> tuple[int, ...]:
-        config = denoiser.config
-        return config.in_channels, config.sample_size, config.sample_size

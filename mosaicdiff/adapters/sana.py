@@ -99,10 +99,6 @@ class SanaAdapter(Family):
     def tokens(self, denoiser: Denoiser) -> Mapping[str, int]:
         return {"image": image_tokens(denoiser), "text": TEXT_TOKENS}
 
-    def latent_shape(self, denoiser: Denoiser) -> tuple[int, ...]:
-        config = denoiser.config
-        return config.in_channels, config.sample_size, config.sample_size
-
     def given_timesteps(
         self, denoiser: Denoiser, timesteps: torch.Tensor, latents: torch.Tensor
     ) -> torch.Tensor:

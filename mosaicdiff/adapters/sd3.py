@@ -76,10 +76,6 @@ class SD3Adapter(Family):
             if gone and all(isinstance(module, BiasOnly) for module in rest):
                 builder.replace(name, JointBiasOnlyBlock(block))
 
-    def latent_shape(self, denoiser: Denoiser) -> tuple[int, ...]:
-        config = denoiser.config
-        return config.in_channels, config.sample_size, config.sample_size
-
     def watch_block(
         self,
         module: Denoiser,

@@ -145,10 +145,6 @@ class UNetAdapter(Family):
             level = int(index) if place == "down_blocks" else last - int(index)
         return {"image": _side(denoiser, level) ** 2, "text": TEXT_TOKENS}
 
-    def latent_shape(self, denoiser: Denoiser) -> tuple[int, ...]:
-        size = denoiser.config.sample_size
-        return denoiser.config.in_channels, size, size
-
 
 #: Settings of a configuration that change how blocks are called or wired, and what they may be.
 _USUAL: dict[str, set[Any]] = {
