@@ -21,11 +21,13 @@ class SelfAttention:
     def __init__(self, attention: Any, joins: Joins) -> None:
         check_attention(attention)
         self._attention = attention
+        self._out = attention.to_out[0]
         self._qkv = joins.linear([(attention, name) for name in ("to_q", "to_k", "to_v")])
 
     def install(self, fusion: Fusion) -> None:
-        """Say what this replaces."""
+        """Say what this uses."""
         fusion.products.append(self._qkv)
+        fusion.held.append((self._attention.to_out, "0", self._out))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return what the attention would: (B, T, C) to (B, T, C)."""
@@ -39,7 +41,7 @@ class SelfAttention:
         if attention.norm_k is not None:
             key = attention.norm_k(key)
         mixed = functional.scaled_dot_product_attention(query, key, value)
-        return attention.to_out[0](mixed.transpose(1, 2).reshape(rows, tokens, -1))
+        return self._out(mixed.transpose(1, 2).reshape(rows, tokens, -1))
 
 
 def check_attention(attention: Any) -> None:

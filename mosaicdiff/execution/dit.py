@@ -24,12 +24,13 @@ from .products import EqualModules, JoinedLinear, Joins, group_equal
 
 #: Shift, scale and gate of attention, then of the FFN.
 _PARTS = 6
-#: Which of them are scales, to which one is added.
-_SCALES = (1, 4)
 
 
 class Modulation(NamedTuple):
-    """What timestep and label do to one block: (B, 1, C) each, scales with one added."""
+    """What timestep and label do to one block, scales with one added.
+
+    (B, 1, C) each, or (C,) of one sample.
+    """
 
     shift_attention: torch.Tensor
     scale_attention: torch.Tensor
@@ -46,8 +47,7 @@ def fuse_dit(model: Any, joins: Joins) -> Fusion:
     for block in model.transformer_blocks:
         kind = _FusedBiases if isinstance(block, BiasOnlyBlock) else _FusedBlock
         made: Any = kind(block, joins)
-        made.install(fusion)
-        fusion.forwards.append((block, made.forward))
+        made.install(block, fusion)
     return fusion
 
 
@@ -66,23 +66,23 @@ class _Embedder:
 
     def __call__(
         self, timestep: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype
-    ) -> tuple[Sequence[Modulation], torch.Tensor]:
+    ) -> tuple[Sequence[Modulation], Sequence[torch.Tensor]]:
         embedder = self._embedder
         times = self._sinusoid(timestep).to(dtype)
         embedded = embedder.timestep_embedder(times) + embedder.class_embedder(labels)
         out = self._product(functional.silu(embedded))
-        width = embedded.shape[-1]
-        count = self._blocks * _PARTS
-        modulations = out[:, : count * width].view(len(out), self._blocks, _PARTS, 1, width)
-        scales = 1 + modulations[:, :, _SCALES[0] :: _SCALES[1] - _SCALES[0]]
-        parts = modulations.unbind(1)
-        found = []
-        for part, scale in zip(parts, scales.unbind(1), strict=True):
-            rows, (scale_attention, scale_ff) = part.unbind(1), scale.unbind(1)
-            found.append(
-                Modulation(rows[0], scale_attention, rows[2], rows[3], scale_ff, rows[5])
-            )
-        return found, out[:, count * width :]
+        width, last = embedded.shape[-1], self._blocks * _PARTS
+        # Of one sample the rows are vectors, which broadcast and serve a norm as they are. The
+        # rows are split in two calls, not block by block: views cost as much as small products.
+        lead = () if len(out) == 1 else (len(out), 1)
+        scales = 1 + out[:, : last * width].unflatten(1, (self._blocks, _PARTS, width))[:, :, 1::3]
+        rows = out.reshape(*lead, -1).split(width, -1)
+        scaled = scales.reshape(*lead, -1).split(width, -1)
+        modulations = [
+            Modulation(rows[i], scaled[j], rows[i + 2], rows[i + 3], scaled[j + 1], rows[i + 5])
+            for i, j in zip(range(0, last, _PARTS), range(0, len(scaled), 2), strict=True)
+        ]
+        return modulations, rows[last:]
 
     def _sinusoid(self, timestep: torch.Tensor) -> torch.Tensor:
         """Return diffusers' sinusoidal embedding, cosines first; its frequencies are kept."""
@@ -154,7 +154,7 @@ class _FusedDiT:
         found = [embed(timestep, class_labels, stream.dtype) for embed in self._embedders]
         for block, (embedder, place) in zip(model.transformer_blocks, self._places, strict=True):
             stream = block(stream, modulation=found[embedder][0][place])
-        shift, scale = found[0][1][:, None].chunk(2, dim=-1)
+        shift, scale = found[0][1]
         stream = _modulated(model.norm_out, stream, shift, 1 + scale)
         stream = model.proj_out_2(stream)
         rows, tokens, _ = stream.shape
@@ -170,47 +170,53 @@ class _FusedBlock:
     """Run one block of attention and FFN, either of which may be nothing but a bias."""
 
     def __init__(self, block: Any, joins: Joins) -> None:
-        self._block = block
+        self._norm1, self._norm3 = block.norm1.norm, block.norm3
+        self._attention, self._ff = block.attn1, block.ff
         self._attend = (
             None if isinstance(block.attn1, BiasOnly) else SelfAttention(block.attn1, joins)
         )
+        if not isinstance(block.ff, BiasOnly):
+            self._first, _, self._last, *_ = block.ff.net
 
-    def install(self, fusion: Fusion) -> None:
+    def install(self, block: Any, fusion: Fusion) -> None:
+        """Say what this uses of the block, and what it puts there."""
+        fusion.forwards.append((block, self.forward))
         if self._attend is not None:
             self._attend.install(fusion)
+        if not isinstance(self._ff, BiasOnly):
+            fusion.held += [(block.ff.net, "0", self._first), (block.ff.net, "2", self._last)]
 
     def forward(self, hidden_states: torch.Tensor, modulation: Modulation) -> torch.Tensor:
         """Return the stream after the block, (B, T, C)."""
-        block, m = self._block, modulation
+        shift, scale, gate, shift_ff, scale_ff, gate_ff = modulation
         if self._attend is None:
-            change = _bias(block.attn1, hidden_states)
+            change = _bias(self._attention, hidden_states)
         else:
-            change = self._attend.forward(
-                _modulated(block.norm1.norm, hidden_states, m.shift_attention, m.scale_attention)
-            )
-        stream = torch.addcmul(hidden_states, m.gate_attention, change)
-        if isinstance(block.ff, BiasOnly):
-            change = _bias(block.ff, stream)
+            change = self._attend.forward(_modulated(self._norm1, hidden_states, shift, scale))
+        stream = torch.addcmul(hidden_states, gate, change)
+        if isinstance(self._ff, BiasOnly):
+            change = _bias(self._ff, stream)
         else:
-            first, _, last, *_ = block.ff.net
-            change = last(first(_modulated(block.norm3, stream, m.shift_ff, m.scale_ff)))
-        return torch.addcmul(stream, m.gate_ff, change)
+            inner = self._first(_modulated(self._norm3, stream, shift_ff, scale_ff))
+            change = self._last(inner)
+        return torch.addcmul(stream, gate_ff, change)
 
 
 class _FusedBiases:
     """Run a block of which only gated biases are left."""
 
     def __init__(self, block: Any, joins: Joins) -> None:
-        self._block = block
+        self._attention, self._ff = block.attn1, block.ff
 
-    def install(self, fusion: Fusion) -> None:
-        """Nothing inside is replaced."""
+    def install(self, block: Any, fusion: Fusion) -> None:
+        """Say what this puts into the block."""
+        fusion.forwards.append((block, self.forward))
 
     def forward(self, hidden_states: torch.Tensor, modulation: Modulation) -> torch.Tensor:
         """Return the stream after the block, (B, T, C)."""
-        block, m = self._block, modulation
-        stream = torch.addcmul(hidden_states, m.gate_attention, _bias(block.attn1, hidden_states))
-        return torch.addcmul(stream, m.gate_ff, _bias(block.ff, stream))
+        bias = _bias(self._attention, hidden_states)
+        stream = torch.addcmul(hidden_states, modulation.gate_attention, bias)
+        return torch.addcmul(stream, modulation.gate_ff, _bias(self._ff, stream))
 
 
 def _bias(stand_in: Any, like: torch.Tensor) -> torch.Tensor:
@@ -220,10 +226,8 @@ def _bias(stand_in: Any, like: torch.Tensor) -> torch.Tensor:
 def _modulated(
     norm: nn.LayerNorm, stream: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor
 ) -> torch.Tensor:
-    """Norm the tokens, then scale and shift them by sample: (B, T, C) and (B, 1, C)."""
-    if len(stream) == 1 and norm.weight is None and norm.bias is None:
+    """Norm the tokens, then scale and shift them by sample: (B, T, C) by (B, 1, C) or (C,)."""
+    if shift.ndim == 1 and not norm.elementwise_affine:
         # Of one sample, that is what the norm itself does: one operation instead of two.
-        return functional.layer_norm(
-            stream, norm.normalized_shape, scale.view(-1), shift.view(-1), norm.eps
-        )
+        return functional.layer_norm(stream, norm.normalized_shape, scale, shift, norm.eps)
     return torch.addcmul(shift, norm(stream), scale)

@@ -26,13 +26,13 @@ class Network:
     def __init__(
         self, model: nn.Module, fusion: Fusion, compile: dict[str, Any] | None, cuda_graphs: bool
     ) -> None:
-        self._model, self._fusion = model, fusion
+        self._model, self.fusion = model, fusion
+        for product in fusion.products:
+            fusion.held += product.places
         own = types.MethodType(type(model).forward, model)
         forward: Forward = fusion.forward or own
         self.run: Forward = forward if compile is None else _compiled(forward, compile)
         self._graphs = GraphRunner(self.run) if cuda_graphs else None
-        #: A network of several stages shares modules: whose forward they have is decided outside.
-        self.fusion = fusion
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Who compiles this from outside watches the tensors by guards of its own.
@@ -52,9 +52,10 @@ class Network:
             RuntimeError: what was equal is no longer, or a layer was replaced.
         """
         changed = False
-        for product in self._fusion.products:
+        self.fusion.check_held()
+        for product in self.fusion.products:
             changed = product.refresh() or changed
-        for equal in self._fusion.equal:
+        for equal in self.fusion.equal:
             if not equal.unchanged():
                 changed = True
                 if not equal.accept():
@@ -66,7 +67,7 @@ class Network:
 
     def release(self) -> None:
         """Let go of joined tensors and graphs, of a stage that is put away."""
-        for product in self._fusion.products:
+        for product in self.fusion.products:
             product.release()
         if self._graphs is not None:
             self._graphs.clear()

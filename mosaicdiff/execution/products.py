@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,12 +27,15 @@ class JoinedLinear:
     """
 
     def __init__(self, places: Sequence[Place], tied: bool = True) -> None:
-        self._places = [(owner, name, owner._modules[name]) for owner, name in places]
+        #: Owner, name and module of each.
+        self.places: list[tuple[nn.Module, str, Any]] = [
+            (owner, name, owner._modules[name]) for owner, name in places
+        ]
         self._tied = tied
         self._seen: list[int] = []
         self.weight: torch.Tensor | None = None
         self.bias: torch.Tensor | None = None
-        for _, name, linear in self._places:
+        for _, name, linear in self.places:
             if type(linear) is not nn.Linear:
                 raise ValueError(
                     f"optimize: {name} must be a plain linear, got {type(linear).__name__}. Unload "
@@ -52,16 +56,7 @@ class JoinedLinear:
 
         Returns:
             Whether they had.
-
-        Raises:
-            RuntimeError: another module is in a linear's place.
         """
-        for owner, name, linear in self._places:
-            if owner._modules[name] is not linear:
-                raise RuntimeError(
-                    f"optimize: {name} must be the layer that was optimized, but another is in its "
-                    "place. Call mosaicdiff.restore before layers are replaced, and optimize after."
-                )
         if self.weight is not None and self._identity() == self._seen:
             return False
         self._join()
@@ -82,7 +77,7 @@ class JoinedLinear:
         self.release()
 
     def _linears(self) -> list[nn.Linear]:
-        return [linear for *_, linear in self._places]  # type: ignore[misc]
+        return [linear for *_, linear in self.places]
 
     def _identity(self) -> list[int]:
         """Where the weights are, and of copies how often they were written to."""
@@ -92,7 +87,7 @@ class JoinedLinear:
 
     def _join(self) -> None:
         linears = self._linears()
-        for _, name, linear in self._places:
+        for _, name, linear in self.places:
             _check_plain(name, linear)
         self.weight = self._joined([linear.weight for linear in linears])
         biases = [linear.bias for linear in linears]
@@ -159,9 +154,7 @@ class EqualModules:
     def accept(self) -> bool:
         """Compare again after a change; whether they are still equal."""
         first, *others = self._parameters
-        same = all(
-            torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True)
-        )
+        same = all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
         if same:
             self._seen = self._identity()
         return same
