@@ -16,7 +16,8 @@ from .files import current_umask, whole_folder, write_text
 from .groups import Piece, PrunableLayer
 from .masked_storage import masked_parameters, store_masked
 from .pack import LeadingColumns, StandIn
-from .runtime import StagedDenoiser, StageInfo
+from .runtime import StagedDenoiser
+from .stage_state import StageInfo
 from .surgery import Surgeon
 
 FORMAT_VERSION = 3

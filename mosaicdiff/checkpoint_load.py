@@ -15,7 +15,8 @@ from .checkpoint import CONFIG, FORMAT_VERSION, REPORT, kept_groups, union_group
 from .groups import Piece, PrunableLayer
 from .masked_storage import MASKED, read_masked
 from .pack import LayerState, Parts
-from .runtime import MaskedState, StagedDenoiser, StageInfo, StageState
+from .runtime import StagedDenoiser
+from .stage_state import MaskedState, StageInfo, StageState
 from .trajectory.stages import Division, Stage
 
 

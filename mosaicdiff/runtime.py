@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,12 @@ from diffusers import ConfigMixin, ModelMixin
 from torch import nn
 
 from .adapters import Adapter, adapter_for_class
-from .groups import Macs, PrunableLayer
+from .groups import Macs
 from .memory.swap import StageSwap
 from .memory.ties import equal_parameters, tie, tie_storages
-from .pack import LayerState, make_linear
+from .model_checks import EXECUTION
+from .pack import LayerState
+from .stage_state import MaskedState, StageInfo, StageState, masked_linear, refuse_masked
 from .surgery import Surgeon
 from .trajectory.clock import StageClock
 from .trajectory.stages import Division
@@ -25,44 +26,6 @@ _GRAPHS = (
     "{} must be 'resident' where CUDA graphs are captured, got {!r}: a graph knows weights by "
     "their place, and swapped ones change it. Compile without them, or keep all stages resident."
 )
-
-
-@dataclass(frozen=True)
-class MaskedState:
-    """A linear of one stage without some of its weights: mask (m, n) bool, True where kept.
-
-    The weight (m, n) is zero elsewhere; the bias stays the dense denoiser's.
-    """
-
-    mask: torch.Tensor
-    weight: torch.Tensor
-
-
-#: What of one stage differs from the dense denoiser: layers and masked linears, by name.
-StageState = Mapping[str, LayerState | MaskedState]
-
-
-@dataclass
-class StageInfo:
-    """What a staged denoiser remembers of how it was made, and what a checkpoint holds."""
-
-    base_class: str
-    base_config: dict[str, Any]
-    division: Division
-    layers: tuple[PrunableLayer, ...]
-    #: For each stage, kept groups of every layer that is not whole.
-    kept: list[dict[str, torch.Tensor]]
-    #: Sampling steps of each stage in the plan.
-    steps: list[int]
-    prune_config: dict[str, Any]
-    report: dict[str, Any] = field(default_factory=dict)
-    source: str | None = None
-    #: For each stage, masks of the linears that single weights were removed from (bool, CPU).
-    masks: list[dict[str, torch.Tensor]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        if not self.masks:
-            self.masks = [{} for _ in self.kept]
 
 
 class StagedDenoiser(ModelMixin, ConfigMixin):
@@ -115,14 +78,14 @@ class StagedDenoiser(ModelMixin, ConfigMixin):
             smaller = {n: s for n, s in state.items() if isinstance(s, LayerState)}
             for layer in info.layers:
                 if layer.name in smaller:
-                    _refuse_masked(layer, state)
+                    refuse_masked(layer, state)
             builder = surgeon.build(base, smaller)
             tie(builder, twins)
             masked = {n: s for n, s in state.items() if isinstance(s, MaskedState)}
             for name, masked_state in masked.items():
                 key = (name, id(masked_state.weight))
                 if key not in linears:
-                    linears[key] = _masked_linear(base, name, masked_state)
+                    linears[key] = masked_linear(base, name, masked_state)
                 builder.replace(name, linears[key])
             stages.append(builder.root)
             masks.append({name: s.mask.cpu() for name, s in masked.items()})
@@ -170,8 +133,12 @@ class StagedDenoiser(ModelMixin, ConfigMixin):
             self.swap.dissolve()
             self.swap = None
             return
-        if self._captures_graphs:
+        execution = self.__dict__.get(EXECUTION)
+        networks = [] if execution is None else execution.networks
+        if self._captures_graphs or any(network.captures for network in networks):
             raise ValueError(_GRAPHS.format("set_stage_memory: mode", mode))
+        for network in networks:
+            network.release()
         surgeon = Surgeon(self.adapter, self.info.layers)
         self.swap = StageSwap(list(self.stage_models), surgeon, self.info.kept)
 
@@ -180,8 +147,24 @@ class StagedDenoiser(ModelMixin, ConfigMixin):
 
         Needed only before one of `stage_models` is called by itself.
         """
+        swap, stage = self.swap, range(len(self.stage_models))[stage]
+        if swap is None or swap.active == stage:
+            return
+        execution = self.__dict__.get(EXECUTION)
+        if execution is not None:
+            swap.rejoined = True  # fused execution gives weights other memory
+            if swap.active is not None:
+                execution.networks[swap.active].release(execution.networks[stage])
+        swap.activate(stage)
+
+    def check_graphs(self, caller: str) -> None:
+        """Refuse to capture CUDA graphs in swap mode.
+
+        Raises:
+            ValueError: as said.
+        """
         if self.swap is not None:
-            self.swap.activate(range(len(self.stage_models))[stage])
+            raise ValueError(_GRAPHS.format(f"{caller}: stage_memory", "swap"))
 
     def whole_stages(self) -> AbstractContextManager[None]:
         """Let every stage hold its values, for reading: in swap mode inactive ones on the host."""
@@ -194,8 +177,7 @@ class StagedDenoiser(ModelMixin, ConfigMixin):
     @torch.compiler.disable
     def _choose(self, args: tuple, kwargs: dict[str, Any]) -> int:
         stage = self._stage_of_call(args, kwargs)
-        if self.swap is not None:
-            self.swap.activate(stage)
+        self.activate_stage(stage)
         return stage
 
     def _stage_of_call(self, args: tuple, kwargs: dict[str, Any]) -> int:
@@ -231,8 +213,8 @@ class StagedDenoiser(ModelMixin, ConfigMixin):
         mode, options = kwargs.get("mode"), kwargs.get("options") or {}
         captures = mode == "reduce-overhead" or bool(options.get("triton.cudagraphs"))
         captures = captures or mode == "max-autotune"
-        if captures and self.swap is not None:
-            raise ValueError(_GRAPHS.format("compile: stage_memory", "swap"))
+        if captures:
+            self.check_graphs("compile")
         self._captures_graphs = captures
         for stage in self.stage_models:
             stage.compile(*args, **kwargs)
@@ -362,25 +344,3 @@ def time_scale(adapter: Adapter, config: Mapping[str, Any]) -> float:
     if stated is not None:
         return float(stated)
     return 1.0 if adapter.sigma_scale is None else adapter.sigma_scale / 1000
-
-
-def _refuse_masked(layer: PrunableLayer, state: StageState) -> None:
-    for name in layer.modules:
-        if name in state:
-            raise ValueError(
-                f"StagedDenoiser: {name} must not be masked where {layer.name} shrinks, got both. "
-                "Remove groups or single weights of a layer, not both."
-            )
-
-
-def _masked_linear(base: nn.Module, name: str, state: MaskedState) -> nn.Module:
-    """Make the linear of a masked weight, with the dense one's own bias parameter."""
-    dense: Any = base.get_submodule(name)
-    if not state.weight.shape == state.mask.shape == dense.weight.shape:
-        raise ValueError(
-            f"StagedDenoiser: weight and mask of {name} must be {tuple(dense.weight.shape)}, got "
-            f"{tuple(state.weight.shape)} and {tuple(state.mask.shape)}."
-        )
-    linear = make_linear(state.weight, dense.bias)
-    linear.register_parameter("bias", dense.bias)  # itself: it stays shared when moved or trained
-    return linear

@@ -79,12 +79,21 @@ def fill_shelves(
             agree. On the meta device, which holds none, slices of writers do.
     """
     for name, rows in held.items():
-        tensors = [tensor.detach().cpu() if not tensor.is_meta else tensor for _, tensor in rows]
+        tensors = [_on_host(tensor.detach()) for _, tensor in rows]
         positions = [surgeon.positions(name, kept[k], tensor.shape) for k, tensor in rows]
         sources = None
         if unions is None or unions.get(name, False):
             sources = _union(tensors, positions, unions is not None)
         yield name, sources or [Source(Shelf(tensor)) for tensor in tensors]
+
+
+def _on_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor on the host that keeps no more than itself alive."""
+    if tensor.is_meta:
+        return tensor
+    tensor = tensor.cpu()
+    alone = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    return tensor if alone else tensor.clone()
 
 
 def _union(

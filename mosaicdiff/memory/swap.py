@@ -42,14 +42,19 @@ class Slot:
         self._mark = self._seen()
         self.filled = True
 
-    def release(self, check: bool = True) -> None:
+    def release(self, check: bool = True, moved: bool = False) -> None:
         """Let go of the values.
+
+        Args:
+            check: whether they may not have changed.
+            moved: whether they may lie elsewhere than they were brought to.
 
         Raises:
             RuntimeError: they are no longer those that were brought.
         """
         self._check_place()
-        if check and self._mark != self._seen():
+        start = 1 if moved else 0
+        if check and self._mark is not None and self._mark[start:] != self._seen()[start:]:
             raise RuntimeError(
                 f"StagedDenoiser: {self.name} must not change in swap mode, but it did: the "
                 "change would be lost with the stage. Call set_stage_memory('resident') before "
@@ -140,6 +145,8 @@ class StageSwap:
         kept: Sequence[Mapping[str, torch.Tensor]],
     ) -> None:
         self.active: int | None = None
+        #: Whether others gave the weights other memory, with the same values.
+        self.rejoined = False
         self._gathered = False
         self.slots = find_slots(stages)
         for group in shelve(self.slots, surgeon, kept):
@@ -169,7 +176,7 @@ class StageSwap:
             self.active = None
             for slot in self.slots:
                 if slot.filled and stage not in slot.stages:
-                    slot.release()
+                    slot.release(moved=self.rejoined)
             for slot in self.slots:
                 if not slot.filled and stage in slot.stages:
                     slot.fill()
