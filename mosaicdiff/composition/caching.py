@@ -1,4 +1,4 @@
-"""diffusers' caches on a staged denoiser: every stage hooked for itself, none sees another's state."""
+"""diffusers' caches on a staged denoiser: every stage is hooked for itself and keeps its state."""
 
 from __future__ import annotations
 
@@ -27,6 +27,9 @@ _TECHNIQUES: dict[str, Callable[[nn.Module, Any], None]] = {
 #: Techniques that skip whole blocks, by the outputs of the first and of the last one.
 _BY_BLOCKS = ("FirstBlockCacheConfig", "MagCacheConfig")
 
+#: Techniques that keep one memory for all calls of a step, whatever their context.
+_ONE_MEMORY = ("FasterCacheConfig", "PyramidAttentionBroadcastConfig")
+
 #: Families whose pipelines call the denoiser once a step and name no context.
 _ONE_CALL = (
     "DiTTransformer2DModel",
@@ -36,6 +39,9 @@ _ONE_CALL = (
     "SanaTransformer2DModel",
     "UNet2DConditionModel",
 )
+
+#: Families whose blocks return None or tuples beside tensors.
+_TUPLES = ("SD3Transformer2DModel", "UNet2DConditionModel")
 
 
 class StageCaches:
@@ -51,10 +57,11 @@ class StageCaches:
     """
 
     def __init__(self, stages: Sequence[nn.Module], base_class: str, config: Any) -> None:
-        _check(stages, base_class, config)
         _register_blocks()
+        _check(stages, base_class, config)
         self.config, self._stages = config, list(stages)
         self.names_itself = base_class in _ONE_CALL
+        self.one_memory = type(config).__name__ in _ONE_MEMORY
         self._roots = [dict(stage.__dict__) for stage in stages]
         self._own = OwnModules(stages)
         before = [_hooks_of(stage) for stage in stages]
@@ -75,6 +82,7 @@ class StageCaches:
         except Exception:
             self.remove()
             raise
+        self._own.keep_where(_has_registry)
         for stage in stages:
             _forget_registries(stage)
 
@@ -116,10 +124,14 @@ def _check(stages: Sequence[nn.Module], base_class: str, config: Any) -> None:
             f"enable_cache: config must be one of {known}, got {technique}: it was made for "
             "models that mosaicdiff does not prune."
         )
-    if technique in _BY_BLOCKS and any(_block_count(stage) < 2 for stage in stages):
+    if technique in _BY_BLOCKS and any(len(_blocks_of(stage)) < 2 for stage in stages):
         reason = "it needs a list of at least two transformer blocks. For U-Nets use DeepCache"
     elif technique in _BY_BLOCKS and base_class == "SD3Transformer2DModel":
         reason = "the last block returns no text, which its hook reads. Use TaylorSeerCacheConfig"
+    elif technique in _BY_BLOCKS and not all(map(_known_blocks, stages)):
+        reason = "diffusers does not know what its blocks return. Use TaylorSeerCacheConfig"
+    elif getattr(config, "use_lite_mode", False) and base_class in _TUPLES:
+        reason = "its blocks return more than tensors. Leave use_lite_mode out"
     elif several and technique == "MagCacheConfig":
         reason = "its ratios count the steps of a whole run, of which a stage sees a part"
     elif several and technique == "FasterCacheConfig":
@@ -140,12 +152,18 @@ def _check(stages: Sequence[nn.Module], base_class: str, config: Any) -> None:
                 )
 
 
-def _block_count(stage: nn.Module) -> int:
-    return sum(
-        len(child)
+def _blocks_of(stage: nn.Module) -> list[nn.Module]:
+    return [
+        block
         for name, child in stage.named_children()
         if name in _ALL_TRANSFORMER_BLOCK_IDENTIFIERS and isinstance(child, nn.ModuleList)
-    )
+        for block in child
+    ]
+
+
+def _known_blocks(stage: nn.Module) -> bool:
+    TransformerBlockRegistry._register()
+    return all(type(block) in TransformerBlockRegistry._registry for block in _blocks_of(stage))
 
 
 def _register_blocks() -> None:

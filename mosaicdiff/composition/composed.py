@@ -29,6 +29,8 @@ class Composed:
     _clock: StageClock
     _caches: StageCaches | None = None
     _context: CacheContext | None = None
+    #: Name of the calls, of a cache that must see no other.
+    _one_context: str | None = None
     #: Stage and run of the last call.
     _entered: tuple[int, Any] | None = None
     #: Called with a stage when a call enters it; a tuple, as the class holds it.
@@ -74,14 +76,19 @@ class Composed:
 
     def _reset_stateful_cache(self, recurse: bool = True) -> None:
         """Forget what was cached, as pipelines ask at the end of a run."""
-        self._entered = None
+        self._entered = self._one_context = None
         if self._caches is not None:
             for stage in range(len(self.stage_models)):
                 self._caches.reset(stage)
 
     @contextmanager
     def cache_context(self, name: str, **details: Any) -> Iterator[None]:
-        """Say to the hooks of every stage which call of a step comes; pipelines ask for it."""
+        """Say to the hooks of every stage which call of a step comes; pipelines ask for it.
+
+        Raises:
+            ValueError: the cache that is on cannot tell the calls of a step apart.
+        """
+        self._check_context(name)
         self._context = CacheContext(name, **details)
         try:
             with ExitStack() as stack:
@@ -96,6 +103,18 @@ class Composed:
                 yield
         finally:
             self._context = None
+
+    def _check_context(self, name: str) -> None:
+        if self._caches is None or not self._caches.one_memory:
+            return
+        if self._one_context not in (None, name):
+            raise ValueError(
+                f"{type(self._caches.config).__name__}: all calls of a run must be of one context, "
+                f"got {self._one_context!r} and {name!r}: it keeps one memory, and would hand the "
+                "attention of one to the other. Sample without guidance, or use "
+                "FirstBlockCacheConfig or TaylorSeerCacheConfig."
+            )
+        self._one_context = name
 
     @torch.compiler.disable
     def _enter(self, stage: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -36,6 +36,38 @@ class OwnModules:
         self._pairs: list[tuple[nn.Module, nn.Module]] = []
         for stage in stages:
             self._divide(stage, {})
+
+    def keep_where(self, hooked: Callable[[nn.Module], bool]) -> None:
+        """Share again what nothing was hung on, down to the last linear.
+
+        So that what is done to linears later, casting or quantising, is done once for all stages.
+        """
+        originals = {id(clone): original for clone, original in self._pairs}
+        kept = []
+        for owner, name, original in self._before:
+            if self._keep(owner, name, originals, hooked):
+                kept.append((owner, name, original))
+        self._before = kept
+        used = {id(m) for owner, name, _ in kept for m in owner._modules[name].modules()}  # type: ignore[union-attr]
+        self._pairs = [(c, o) for c, o in self._pairs if id(c) in used]
+
+    def _keep(
+        self,
+        owner: nn.Module,
+        name: str,
+        originals: dict[int, nn.Module],
+        hooked: Callable[[nn.Module], bool],
+    ) -> bool:
+        """Put an original back in the place of its clone; return whether the clone stays."""
+        clone = owner._modules[name]
+        if clone is None or id(clone) not in originals:
+            return False
+        if not any(hooked(module) for module in clone.modules()):
+            owner._modules[name] = originals[id(clone)]
+            return False
+        for child in list(clone._modules):
+            self._keep(clone, child, originals, hooked)
+        return True
 
     def restore(self) -> bool:
         """Put the shared objects back, unless something else was hung on the stages' own since.
