@@ -10,6 +10,7 @@ import torch
 from diffusers.hooks.hooks import CacheContext
 from torch import nn
 
+from ..model_checks import check_not_optimized
 from .caching import StageCaches
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ class Composed:
                 "enable_cache: no cache must be on, got "
                 f"{type(self._caches.config).__name__}. Call disable_cache() first."
             )
+        check_not_optimized(self, "enable_cache")
         self._caches = StageCaches(list(self.stage_models), self.info.base_class, config)
         self._entered = None
 
