@@ -39,9 +39,7 @@ def check_not_optimized(denoiser: Any, caller: str) -> None:
         ValueError: it is in fused execution.
     """
     if EXECUTION in denoiser.__dict__:
-        raise ValueError(
-            f"{caller}: model must not be optimized. Call mosaicdiff.restore first."
-        )
+        raise ValueError(f"{caller}: model must not be optimized. Call mosaicdiff.restore first.")
 
 
 def check_state(

@@ -16,6 +16,7 @@ from .caching import StageCaches
 if TYPE_CHECKING:
     from ..runtime import StageInfo
     from ..trajectory.clock import StageClock
+    from .lora import LoadedLoras
 
 
 class Composed:
@@ -29,6 +30,7 @@ class Composed:
     stage_models: nn.ModuleList
     _clock: StageClock
     _caches: StageCaches | None = None
+    _loras: LoadedLoras | None = None
     _context: CacheContext | None = None
     #: Name of the calls, of a cache that must see no other.
     _one_context: str | None = None
@@ -75,6 +77,17 @@ class Composed:
             raise ValueError("disable_cache: a cache must be on, got none. Nothing is to be done.")
         self._caches.remove()
         self._caches = None
+
+    def load_lora_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse what the pipeline's own `load_lora_weights` calls.
+
+        Raises:
+            ValueError: says what to call instead.
+        """
+        raise ValueError(
+            "load_lora_weights: model must be dense, but it is pruned: its layers are narrower "
+            "than the LoRA. Call mosaicdiff.load_lora(pipe, ...), which slices it."
+        )
 
     def _reset_stateful_cache(self, recurse: bool = True) -> None:
         """Forget what was cached, as pipelines ask at the end of a run."""
