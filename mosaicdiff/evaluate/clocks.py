@@ -17,7 +17,7 @@ from ..groups import leading_parameter
 def denoiser_calls(
     adapter: Adapter, networks: Sequence[tuple[nn.Module, int]], batch_size: int
 ) -> list[Callable[[], Any]]:
-    """Return a call of each network with the same inputs, on the first one's device and in its type.
+    """Return a call of each network with the same inputs, on the device of the first.
 
     Args:
         networks: of one family, each with the timestep that it is called at.

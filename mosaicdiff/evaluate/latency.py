@@ -76,7 +76,7 @@ def measure_latency(
     advance: Callable[[], None] = lambda: None,
 ) -> LatencyReport:
     """Time dense and stage calls in turn, as diffusers runs them; see `measure_modes`."""
-    (report,) = measure_modes(
+    ((report,),) = measure_modes(
         dense, staged, ["eager"], batch_size=batch_size, repeats=repeats, advance=advance
     )
     return report
@@ -89,9 +89,9 @@ def measure_modes(
     *,
     batch_size: int = 1,
     repeats: int = 10,
-    steps: Sequence[int] | None = None,
+    steps: Sequence[Sequence[int]] | None = None,
     advance: Callable[[], None] = lambda: None,
-) -> list[LatencyReport]:
+) -> list[list[LatencyReport]]:
     """Time dense and stage calls in every mode, all in turn, so that all see the same machine.
 
     The stage networks are timed as such, their calls averaged over the steps; ratios are taken
@@ -101,7 +101,11 @@ def measure_modes(
         modes: of `MODES`.
         batch_size: rows of one call.
         repeats: rounds over all networks, after one that is not counted.
-        steps: of each stage; those of the plan where not given.
+        steps: of each stage, in each of several runs that the calls are averaged over; that of
+            the plan where not given.
+
+    Returns:
+        For each run, a report of each mode.
 
     Raises:
         ValueError: a mode is unknown, or its family is not fused.
@@ -110,7 +114,7 @@ def measure_modes(
     adapter = adapter_for(dense)
     parameter = leading_parameter(dense)
     device = parameter.device
-    steps = staged.info.steps if steps is None else steps
+    runs = [staged.info.steps] if steps is None else steps
     networks = mode_networks(dense, staged, modes)
     calls = [c for group in networks for c in denoiser_calls(adapter, group, batch_size)]
     eager = "eager" in modes
@@ -119,11 +123,13 @@ def measure_modes(
     times = time_in_turn(calls, device, repeats, advance)
     per_mode = 1 + len(staged.stage_models)
     plain = times[modes.index("eager") * per_mode] if eager else times[-1]
+    by_mode = [times[i : i + per_mode] for i in range(0, len(modes) * per_mode, per_mode)]
     return [
-        _report(adapter, dense, staged, mode, rows, plain, steps, batch_size)
-        for mode, rows in zip(
-            modes, (times[i : i + per_mode] for i in range(0, len(times), per_mode)), strict=False
-        )
+        [
+            _report(adapter, dense, staged, mode, rows, plain, run, batch_size)
+            for mode, rows in zip(modes, by_mode, strict=True)
+        ]
+        for run in runs
     ]
 
 

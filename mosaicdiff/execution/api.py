@@ -170,6 +170,8 @@ def _check(denoiser: nn.Module, fuse: bool, cuda_graphs: bool) -> None:
             f"{_kind(denoiser)}. Pass fuse=False to compile it or capture graphs alone."
         )
     check_unhooked("optimize", denoiser)
+    if cuda_graphs and isinstance(denoiser, StagedDenoiser):
+        denoiser.check_graphs("optimize")
     if fuse:
         processors = adapter_for_class(_kind(denoiser)).processors
         for model in _models(denoiser):
@@ -190,6 +192,11 @@ def _network(
     return Network(model, fusion, options, cuda_graphs)
 
 
+def _is_there(denoiser: nn.Module, stage: int) -> bool:
+    swap = denoiser.swap if isinstance(denoiser, StagedDenoiser) else None
+    return swap is None or swap.active == stage
+
+
 def _execution(
     denoiser: Any, fuse: bool, options: dict[str, Any] | None, cuda_graphs: bool
 ) -> Execution:
@@ -198,8 +205,10 @@ def _execution(
     with torch.no_grad():
         execution = Execution(denoiser, networks, joins)
         try:
-            for network in networks:
-                network.refresh()
+            for number, network in enumerate(networks):
+                # Of swapped stages only one is there; the others are joined when they come.
+                if _is_there(denoiser, number):
+                    network.refresh()
         except Exception:
             execution.remove()
             raise
