@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from diffusers import ConfigMixin, ModelMixin
 from torch import nn
 
 from .adapters import Adapter, adapter_for_class
+from .composition.composed import Composed
 from .groups import Macs
 from .memory.swap import StageSwap
 from .memory.ties import equal_parameters, tie, tie_storages
@@ -28,7 +29,7 @@ _GRAPHS = (
 )
 
 
-class StagedDenoiser(ModelMixin, ConfigMixin):
+class StagedDenoiser(Composed, ModelMixin, ConfigMixin):
     """Call like the denoiser it was made from; each stage runs a smaller dense sub-network.
 
     Attached to a scheduler (a pipeline does that by itself) it follows the sampler's steps on
@@ -172,7 +173,9 @@ class StagedDenoiser(ModelMixin, ConfigMixin):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the sub-network of the current stage; arguments and result are the original's."""
-        return self.stage_models[self._choose(args, kwargs)](*args, **kwargs)
+        stage = self._choose(args, kwargs)
+        self._enter(stage)
+        return self.stage_models[stage](*args, **kwargs)
 
     @torch.compiler.disable
     def _choose(self, args: tuple, kwargs: dict[str, Any]) -> int:
@@ -218,15 +221,6 @@ class StagedDenoiser(ModelMixin, ConfigMixin):
         self._captures_graphs = captures
         for stage in self.stage_models:
             stage.compile(*args, **kwargs)
-
-    @contextmanager
-    def cache_context(self, name: str, **details: Any) -> Iterator[None]:
-        """Say to the hooks of every stage which call of a step comes; pipelines ask for it."""
-        with ExitStack() as stack:
-            for stage in self.stage_models:
-                context: Any = stage.cache_context
-                stack.enter_context(context(name, **details))
-            yield
 
     def __getattr__(self, name: str) -> Any:
         """Return what no stage has a part of its own of: pipelines read `add_embedding` and such.

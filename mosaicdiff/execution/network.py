@@ -45,6 +45,11 @@ class Network:
                 return self._graphs(*args, **kwargs)
         return self.run(*args, **kwargs)
 
+    @property
+    def forwards(self) -> list[tuple[nn.Module, Forward]]:
+        """Modules and what runs in the place of their own `forward`, the network itself last."""
+        return [*self.fusion.forwards, (self._model, self)]
+
     def refresh(self) -> bool:
         """Follow weights that were moved or replaced; whether any was.
 
