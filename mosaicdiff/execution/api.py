@@ -15,12 +15,20 @@ from ..model_checks import EXECUTION, check_state, check_unhooked
 from ..runtime import StagedDenoiser
 from ..sources import find_denoisers
 from .dit import fuse_dit
+from .flux import fuse_flux
 from .fusion import Fusion
 from .network import Network
 from .products import Joins
+from .sd3 import fuse_sd3
+from .unet import fuse_unet
 
 #: How to fuse a denoiser, by its class in diffusers.
-FUSIONS: dict[str, Callable[[Any, Joins], Fusion]] = {"DiTTransformer2DModel": fuse_dit}
+FUSIONS: dict[str, Callable[[Any, Joins], Fusion]] = {
+    "DiTTransformer2DModel": fuse_dit,
+    "SD3Transformer2DModel": fuse_sd3,
+    "FluxTransformer2DModel": fuse_flux,
+    "UNet2DConditionModel": fuse_unet,
+}
 
 
 class Execution:
@@ -158,7 +166,7 @@ def _execution(
     denoiser: Any, fuse: bool, options: dict[str, Any] | None, cuda_graphs: bool
 ) -> Execution:
     models = _models(denoiser)
-    joins = Joins()
+    joins = Joins(models)
     networks = []
     with torch.no_grad():
         for model in models:
