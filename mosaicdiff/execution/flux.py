@@ -104,7 +104,7 @@ class _SingleBlock:
         )
         neurons: Place = (block, "proj_mlp")
         #: Columns of the projections that are attention's.
-        self._columns = sum(owner._modules[name].out_features for owner, name in writers)
+        self._columns = 3 * self._attention.to_q.out_features if writers else 0
         # One product, unless some stage shares one of the two layers and not the other.
         one = len(joins.partition([*writers, neurons])) == 1
         parts = [[*writers, neurons]] if one else [writers, [neurons]]

@@ -43,7 +43,7 @@ class HeadNorms:
         self._norms = norms
         #: diffusers takes the variance in float32 whatever it is given, torch does not.
         self._narrow = isinstance(norms[0], RMSNorm)
-        self._eps: float | None = norms[0].eps if self.present else None
+        self._eps: Any = norms[0].eps if self.present else None
 
     def __call__(self, pair: torch.Tensor) -> torch.Tensor:
         """Norm queries and keys, (B, T, 2, H, D)."""
@@ -141,11 +141,12 @@ class JointAttention:
             streams.reverse()
             sizes.reverse()
         query, key, value = self._heads(streams, image_rotary_emb)
-        found = list(self._mix(query, key, value, attention_mask).split(sizes, 1))
-        if self.text_first:
-            found.reverse()
-        ending = found[1] if self._text_out is None else self._text_out(found[1])
-        return self._out(found[0]), ending
+        found = self._mix(query, key, value, attention_mask).split(sizes, 1)
+        mixed, ending = reversed(found) if self.text_first else found
+        # Of several samples, torch multiplies what is not contiguous one sample after another.
+        if self._text_out is not None:
+            ending = self._text_out(ending.contiguous())
+        return self._out(mixed.contiguous()), ending
 
     def _heads(
         self, streams: Sequence[tuple[torch.Tensor, HeadNorms]], rotary: Rotary | None

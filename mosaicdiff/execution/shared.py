@@ -15,8 +15,8 @@ from .products import JoinedLinear, Joins, Place
 class OncePerCall:
     """Compute something of tensors once, however many modules ask for it.
 
-    The first tensor is known by identity. The network lets go of it after each call: its values may be
-    others in the next, and a CUDA graph must hold all that it replays.
+    The first tensor is known by identity. The network lets go of it after each call: its values
+    may be others in the next, and a CUDA graph must hold all that it replays.
 
     Args:
         compute: of the tensors.
