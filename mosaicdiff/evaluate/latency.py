@@ -161,7 +161,7 @@ def mode_networks(
     stages = list(staged.stage_models)
     timesteps = [staged.division.stages[0].first]
     timesteps += [(stage.first + stage.last) // 2 for stage in staged.division.stages]
-    joins = Joins()
+    joins = Joins([dense, *stages])
     found = []
     for mode in modes:
         options = MODES[mode]
