@@ -7,7 +7,7 @@ import argparse
 import statistics
 from pathlib import Path
 
-from benchmarks import render_allocation, render_families, render_obsdiff
+from benchmarks import render_allocation, render_families, render_guidance, render_obsdiff
 from benchmarks.rows import RESULTS, read_rows
 
 ROOT = Path(__file__).parent.parent
@@ -233,6 +233,7 @@ def main() -> None:
         ("packages", render_obsdiff.packages_table()),
         ("student", render_obsdiff.variants_table("student")),
         ("headline", headline_table()),
+        ("guidance", render_guidance.guidance_table()),
         ("factors", factor_table()),
         ("cap", cap_table()),
         ("speed", speed_table()),
