@@ -124,17 +124,19 @@ def cap_table() -> str:
 
 def speed_table() -> str:
     lines = [
-        "| model | sparsity | neurons kept in | rows | type | dense call | speed-up | fewer MACs "
-        "| efficiency |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model | sparsity | neurons kept in | rows | type | mode | dense call | speed-up "
+        "| fewer MACs | efficiency | over eager dense |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in read_rows(RESULTS / "speed.csv"):
+        device = f"{r['dtype']}, {r['device']}"
+        device += f", {r['threads']} threads" if r["device"] == "cpu" else ""
+        kept = r["round_to"] if r["round_to"] == "auto" else f"{r['round_to']}s"
         lines.append(
-            f"| {r['model']} | {float(r['sparsity']):.0%} | {r['round_to']}s | "
-            f"{r['batch_size']} | {r['dtype']}, {r['device']}, {r['threads']} threads | "
-            f"{float(r['dense_ms']):.1f} ms | "
-            f"{float(r['speedup']):.3f}x | {float(r['macs_ratio']):.3f}x | "
-            f"{float(r['efficiency']):.3f} |"
+            f"| {r['model']} | {float(r['sparsity']):.0%} | {kept} | {r['batch_size']} | {device} "
+            f"| {r['mode']} | {float(r['dense_ms']):.1f} ms | {float(r['speedup']):.3f}x "
+            f"| {float(r['macs_ratio']):.3f}x | {float(r['efficiency']):.3f} "
+            f"| {float(r['over_eager']):.2f}x |"
         )
     return "\n".join(lines)
 
