@@ -168,12 +168,14 @@ def compare(
     metrics = known_metrics(judges, reference, [dict(row.metrics) for row in rows])
     if state is not None:
         state.unlink(missing_ok=True)
+    rows = mark_best(rows, metrics)
+    notes = _notes(num_images, reference, draws_video(dense))
     return Evaluation(
-        rows=mark_best(rows, metrics),
+        rows=rows,
         metrics=metrics,
         best_by=best_by,
         setting=setting,
-        notes=_notes(num_images, reference, draws_video(dense)),
+        notes=notes + _edge_notes(rows, scales, best_by),
         images={key: torch.cat(run.kept) for key, run in runs.items()},
     )
 
@@ -241,6 +243,21 @@ def _machine(pipe: DiffusionPipeline) -> dict[str, Any]:
             "python": platform.python_version(),
         },
     }
+
+
+def _edge_notes(
+    rows: Sequence[Row], scales: tuple[float | None, ...], best_by: str | None
+) -> tuple[str, ...]:
+    """Say where the best guidance may lie beyond the sweep."""
+    numbers = [scale for scale in scales if scale is not None]
+    if len(numbers) < 2:
+        return ()
+    return tuple(
+        f"The {row.model} model is best at guidance {row.guidance_scale:g}, the largest that was "
+        "tried: its best may lie beyond."
+        for row in rows
+        if best_by in row.best_by and row.guidance_scale == max(numbers)
+    )
 
 
 def _notes(num_images: int, reference: Reference | None, video: bool) -> tuple[str, ...]:
