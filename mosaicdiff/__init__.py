@@ -8,6 +8,7 @@ Importing this package also lets plain diffusers load what it saved.
 
 from .allocation.budget import Budget
 from .config import PruneConfig
+from .execution import optimize, restore
 from .families import check_prunable
 from .integration import install as _install
 from .pipeline import PruneResult, calibrate, plan, prune
@@ -41,8 +42,10 @@ __all__ = [
     "load_pipeline",
     "load_single_file",
     "load_single_file_pipeline",
+    "optimize",
     "plan",
     "prune",
+    "restore",
     "save_calibration",
     "save_single_file",
     "sweep",

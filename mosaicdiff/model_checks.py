@@ -47,6 +47,24 @@ def check_state(denoiser: Any, processors: Collection[str] = (), grouped_kv: boo
         _check_kv_heads(denoiser)
 
 
+def check_unhooked(caller: str, denoiser: Any) -> None:
+    """Refuse a denoiser whose modules run through hooks that keep or replace a `forward`.
+
+    Raises:
+        ValueError: names the module, and what takes the hook away.
+    """
+    for name, module in denoiser.named_modules():
+        where = name or type(denoiser).__name__
+        hooks = list(getattr(getattr(module, "_diffusers_hook", None), "hooks", {}))
+        if "_hf_hook" in module.__dict__:
+            hooks.append("offloading")
+        if hooks:
+            raise ValueError(
+                f"{caller}: {where} must be without hooks, but {hooks[0]} is on. Take it off, or "
+                "load the model again, and switch it on after mosaicdiff.optimize."
+            )
+
+
 def check_shapes(denoiser: Any, dense: Mapping[str, torch.Tensor]) -> None:
     """Hold a denoiser's tensors to those of a dense one of its configuration.
 

@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("mosaic_kernels", "mosaicdiff")
 #: The parts of mosaicdiff that touch diffusers; mathematics takes tensors and numbers.
 KNOW_DIFFUSERS = (
-    "adapters", "checkpoint.py", "checkpoint_load.py", "evaluate", "families.py",
+    "adapters", "checkpoint.py", "checkpoint_load.py", "evaluate", "execution",
+    "families.py",
     "integration.py", "pipeline.py",
     "request.py", "runtime.py", "single_file", "sources.py", "sweeping.py", "cli",
 )  # fmt: skip

@@ -1,0 +1,169 @@
+"""Switch fused execution on and off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from ..groups import Denoiser, leading_parameter
+from ..model_checks import check_unhooked
+from ..runtime import StagedDenoiser
+from ..sources import find_denoisers
+from .dit import fuse_dit
+from .fusion import Fusion
+from .network import Network
+from .products import Joins
+
+#: How to fuse a denoiser, by its class in diffusers.
+FUSIONS: dict[str, Callable[[Any, Joins], Fusion]] = {"DiTTransformer2DModel": fuse_dit}
+
+_HELD = "_mosaicdiff_execution"
+
+
+class Execution:
+    """A denoiser in fused execution; see `optimize`.
+
+    Args:
+        denoiser: dense or staged.
+        networks: of its stages, or its one.
+        joins: all joined linears.
+    """
+
+    def __init__(self, denoiser: nn.Module, networks: list[Network], joins: Joins) -> None:
+        self._denoiser, self.networks, self._joins = denoiser, networks, joins
+        self._replaced: list[nn.Module] = []
+
+    def install(self, models: list[nn.Module]) -> None:
+        """Put the forwards in place; modules that stages share get theirs once."""
+        for model, network in zip(models, self.networks, strict=True):
+            for module, forward in (*network.fusion.forwards, (model, network)):
+                if "forward" not in module.__dict__:
+                    module.__dict__["forward"] = forward
+                    self._replaced.append(module)
+        self._denoiser.__dict__[_HELD] = self
+
+    def remove(self) -> None:
+        """Take everything away again."""
+        for module in self._replaced:
+            module.__dict__.pop("forward", None)
+        for product in self._joins.made:
+            product.separate()
+        self._denoiser.__dict__.pop(_HELD, None)
+
+
+def optimize(
+    model: DiffusionPipeline | Denoiser,
+    *,
+    fuse: bool = True,
+    compile: bool | dict[str, Any] = False,
+    cuda_graphs: bool = False,
+) -> None:
+    """Run the denoisers of a pipeline, or one denoiser, with fewer launches.
+
+    The results are equal to rounding. Fused are timestep and label embedders that are equal, the
+    projections of timestep and condition to all blocks, and queries, keys and values. The state
+    dict keeps its names and values, and no weight is held twice. `restore` undoes it.
+
+    Args:
+        model: on the device where it will run; dense, or pruned by mosaicdiff.
+        fuse: False leaves the network as it is, to compile it or capture graphs alone.
+        compile: True, or options of `torch.compile`: each stage gets a graph of its own.
+        cuda_graphs: capture a CUDA graph for each stage and shape of inputs.
+
+    Raises:
+        ValueError: a denoiser is of a family that is not fused, or is hooked, cast, quantised or
+            optimized already.
+        RuntimeError: `cuda_graphs` without a CUDA device.
+    """
+    denoisers = _denoisers(model)
+    options = {} if compile is True else compile or None
+    if not (fuse or cuda_graphs or options is not None):
+        raise ValueError(
+            "optimize: one of fuse, compile and cuda_graphs must be True. Call mosaicdiff.restore "
+            "to switch them off."
+        )
+    for denoiser in denoisers:
+        _check(denoiser, fuse, cuda_graphs)
+    done: list[Execution] = []
+    try:
+        for denoiser in denoisers:
+            done.append(_execution(denoiser, fuse, options, cuda_graphs))
+    except Exception:
+        for execution in done:
+            execution.remove()
+        raise
+
+
+def restore(model: DiffusionPipeline | Denoiser) -> None:
+    """Switch off what `optimize` switched on; what was never optimized is left as it is.
+
+    Raises:
+        ValueError: hooks were put on top since.
+    """
+    for denoiser in _denoisers(model):
+        execution = denoiser.__dict__.get(_HELD)
+        if execution is not None:
+            check_unhooked("restore", denoiser)
+            execution.remove()
+
+
+def execution_of(denoiser: nn.Module) -> Execution | None:
+    """Return the fused execution that a denoiser is in."""
+    return denoiser.__dict__.get(_HELD)
+
+
+def _denoisers(model: Any) -> list[nn.Module]:
+    if isinstance(model, DiffusionPipeline):
+        return [component.denoiser for component in find_denoisers(model)]
+    return [model]
+
+
+def _kind(denoiser: nn.Module) -> str:
+    if isinstance(denoiser, StagedDenoiser):
+        return denoiser.info.base_class
+    return type(denoiser).__name__
+
+
+def _check(denoiser: nn.Module, fuse: bool, cuda_graphs: bool) -> None:
+    if denoiser.__dict__.get(_HELD) is not None:
+        raise ValueError(
+            "optimize: model must not be optimized already. Call mosaicdiff.restore first."
+        )
+    if fuse and _kind(denoiser) not in FUSIONS:
+        raise ValueError(
+            f"optimize: denoiser must be one of {', '.join(FUSIONS)} to be fused, got "
+            f"{_kind(denoiser)}. Pass fuse=False to compile it or capture graphs alone."
+        )
+    check_unhooked("optimize", denoiser)
+    device = leading_parameter(denoiser).device
+    if cuda_graphs and device.type != "cuda":
+        raise RuntimeError(
+            f"optimize: cuda_graphs needs the model on a CUDA device, got {device.type}. Move it "
+            "there first, or leave cuda_graphs out."
+        )
+
+
+def _execution(
+    denoiser: Any, fuse: bool, options: dict[str, Any] | None, cuda_graphs: bool
+) -> Execution:
+    staged = isinstance(denoiser, StagedDenoiser)
+    models = list(denoiser.stage_models) if staged else [denoiser]
+    joins = Joins()
+    networks = []
+    with torch.no_grad():
+        for model in models:
+            fusion = FUSIONS[_kind(denoiser)](model, joins) if fuse else Fusion()
+            networks.append(Network(model, fusion, options, cuda_graphs))
+        execution = Execution(denoiser, networks, joins)
+        try:
+            for network in networks:
+                network.refresh()
+        except Exception:
+            execution.remove()
+            raise
+    execution.install(models)
+    return execution

@@ -1,0 +1,105 @@
+"""One network in fused execution: what is checked before each call, and how it is run."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .fusion import Forward, Fusion
+from .graphs import GraphRunner
+
+
+class Network:
+    """Stand in front of a network's forward.
+
+    Args:
+        model: a dense denoiser, or one stage.
+        fusion: how it is run; an empty one runs it as it is.
+        compile: options of `torch.compile`, or None.
+        cuda_graphs: whether to capture a graph for each shape of inputs.
+    """
+
+    def __init__(
+        self, model: nn.Module, fusion: Fusion, compile: dict[str, Any] | None, cuda_graphs: bool
+    ) -> None:
+        self._model, self.fusion = model, fusion
+        for product in fusion.products:
+            fusion.held += product.places
+        own = types.MethodType(type(model).forward, model)
+        forward: Forward = fusion.forward or own
+        self.run: Forward = forward if compile is None else _compiled(forward, compile)
+        self._graphs = GraphRunner(self.run) if cuda_graphs else None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Who compiles this from outside watches the tensors by guards of its own.
+        if not torch.compiler.is_compiling():
+            self._check_call()
+            changed = self.refresh()
+            if self._graphs is not None:
+                if changed:
+                    self._graphs.clear()
+                return self._graphs(*args, **kwargs)
+        return self.run(*args, **kwargs)
+
+    def refresh(self) -> bool:
+        """Follow weights that were moved or replaced; whether any was.
+
+        Raises:
+            RuntimeError: what was equal is no longer, or a layer was replaced.
+        """
+        changed = False
+        self.fusion.check_held()
+        for product in self.fusion.products:
+            changed = product.refresh() or changed
+        for equal in self.fusion.equal:
+            if not equal.unchanged():
+                changed = True
+                if not equal.accept():
+                    raise RuntimeError(
+                        "optimize: embedders that were equal were changed and differ now. Call "
+                        "mosaicdiff.restore and optimize again."
+                    )
+        return changed
+
+    def release(self) -> None:
+        """Let go of joined tensors and graphs, of a stage that is put away."""
+        for product in self.fusion.products:
+            product.release()
+        if self._graphs is not None:
+            self._graphs.clear()
+
+    def _check_call(self) -> None:
+        if self._model.training:
+            raise RuntimeError(
+                "optimize: the model must be in evaluation mode, but it is training. Call eval(), "
+                "or mosaicdiff.restore to train it."
+            )
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self._model.parameters()):
+            raise RuntimeError(
+                "optimize: fused execution gives parameters no gradients, but they are asked for. "
+                "Call it inside torch.no_grad(), as pipelines do, or mosaicdiff.restore."
+            )
+
+
+def _compiled(forward: Forward, options: dict[str, Any]) -> Callable[..., Any]:
+    """Compile a bound method with a code object of its own.
+
+    torch keeps its compiled graphs by code object, eight of each at most: networks that share
+    one would push each other out.
+    """
+    function: Any = getattr(forward, "__func__", forward)
+    own = types.FunctionType(
+        function.__code__.replace(),
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    own.__kwdefaults__ = function.__kwdefaults__
+    owner = getattr(forward, "__self__", None)
+    bound = own if owner is None else types.MethodType(own, owner)
+    return torch.compile(bound, **options)
