@@ -1,7 +1,7 @@
 """A report of a pruned model as one self-contained HTML page."""
 
-from .collect import collect
-from .data import Page
+from .collect import make_page, read_networks
+from .data import Network, Page
 from .document import render, write_page
 
-__all__ = ["Page", "collect", "render", "write_page"]
+__all__ = ["Network", "Page", "make_page", "read_networks", "render", "write_page"]

@@ -45,8 +45,12 @@ def bar_chart(bars: Sequence[Bar], width: int) -> Markup:
             drawn.append(text(left - 12, y + 14, bar.label, "end"))
             drawn.append(text(width, y + 14, both, "end", "label"))
         drawn.append(rectangle(left, y + 3, scale(bar.share) - left, 15, "pruned"))
-        drawn.append(text(scale(max(bar.share, 0)) + 6, y + 15, f"{bar.share:.0%}", "start", "tick"))
+        drawn.append(
+            text(scale(max(bar.share, 0)) + 6, y + 15, f"{bar.share:.0%}", "start", "tick halo")
+        )
     drawn.append(line(scale(1.0), top - 4, scale(1.0), height, "level"))
-    drawn.append(text(scale(1.0), FONT - 2, "dense = 100%", "middle" if not narrow else "end", "label"))
+    drawn.append(
+        text(scale(1.0), FONT - 2, "dense = 100%", "middle" if not narrow else "end", "label")
+    )
     said = "; ".join(f"{bar.label}: {bar.share:.0%}, {bar.dense} to {bar.pruned}" for bar in bars)
     return drawing(width, height, f"Pruned over dense. {said}.", *drawn)

@@ -20,11 +20,30 @@ from .pictures import picture_sheets
 _POINTS = 240
 
 
-def collect(
-    pipe: Any,
+def read_networks(pipe: Any, model: str) -> tuple[Network, ...]:
+    """Describe the pruned denoisers of a pipeline.
+
+    Args:
+        pipe: with at least one staged denoiser.
+        model: its name, for the message.
+
+    Raises:
+        ValueError: none of its denoisers is pruned.
+    """
+    staged = [part for part in find_denoisers(pipe) if isinstance(part.denoiser, StagedDenoiser)]
+    if not staged:
+        raise ValueError(
+            f"report: model must be pruned, but {model} is dense. Prune it first: "
+            f"mosaicdiff prune {model} --output FOLDER."
+        )
+    return tuple(read_network(part.name, part.denoiser, pipe.scheduler) for part in staged)
+
+
+def make_page(
+    model: str,
+    networks: Sequence[Network],
     evaluation: Evaluation,
     *,
-    model: str,
     command: str = "",
     bench: Mapping[str, Any] | None = None,
     pictures: int = 48,
@@ -32,26 +51,18 @@ def collect(
     """Gather what a report of a pruned pipeline shows.
 
     Args:
-        pipe: with at least one staged denoiser.
-        evaluation: of it beside the dense pipeline.
         model: its name.
+        networks: its pruned denoisers, from `read_networks`.
+        evaluation: of it beside the dense pipeline.
         command: that writes this report again.
         bench: what `mosaicdiff bench --json` printed.
         pictures: of each model and guidance to show, at most.
 
     Raises:
-        ValueError: no denoiser of the pipeline is pruned, or no picture is asked for.
+        ValueError: no picture is asked for.
     """
-    parts = find_denoisers(pipe)
-    staged = [part for part in parts if isinstance(part.denoiser, StagedDenoiser)]
-    if not staged:
-        raise ValueError(
-            f"report: model must be pruned, but {model} is dense. Prune it first: "
-            "mosaicdiff prune MODEL --output FOLDER."
-        )
-    networks = tuple(read_network(part.name, part.denoiser, pipe.scheduler) for part in staged)
     sheets = picture_sheets(evaluation, pictures)
-    return Page(model, networks, evaluation, sheets, command, bench)
+    return Page(model, tuple(networks), evaluation, sheets, command, bench)
 
 
 def read_network(component: str, staged: StagedDenoiser, scheduler: Any) -> Network:
@@ -148,9 +159,7 @@ def split_name(name: str, blocks: Sequence[str]) -> tuple[str, str]:
     return block, part
 
 
-def _curve(
-    staged: StagedDenoiser, report: PruneReport | None, scheduler: Any
-) -> ScoreCurve | None:
+def _curve(staged: StagedDenoiser, report: PruneReport | None, scheduler: Any) -> ScoreCurve | None:
     """Return the score by which stages are divided, as it was when they were."""
     try:
         schedule = NoiseSchedule.from_scheduler(scheduler)

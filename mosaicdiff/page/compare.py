@@ -167,8 +167,8 @@ def _controls(page: Page, count: int) -> Markup:
 def _start(page: Page) -> int:
     """Return the guidance to show first: the best of the dense model."""
     pair = page.evaluation.best_pair
-    return 0 if pair is None else page.evaluation.setting.guidance_scales.index(
-        pair[0].guidance_scale
+    return (
+        0 if pair is None else page.evaluation.setting.guidance_scales.index(pair[0].guidance_scale)
     )
 
 

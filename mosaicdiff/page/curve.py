@@ -111,29 +111,30 @@ def chart_parts(
     values = [y for one in series for y in one.y if y is not None]
     values += [value for _, value in levels]
     low, high = axes.y_range or (decades if axes.logarithmic else even_range)(values)
-    top, bottom = (FONT + 10.0 if bands else 8.0), height - 2.6 * FONT - 6
-    y = Scale(low, high, bottom, top + FONT + 8, axes.logarithmic)
-    ticks = y.ticks(5)
+    # The y axis's name has the first line to itself, the bands' names the second.
+    top, bottom = FONT + 8.0, height - 2.6 * FONT - 6
+    room = FONT + 12.0 if bands else 4.0
+    y = Scale(low, high, bottom, top + room, axes.logarithmic)
+    ticks = y.ticks(7 if axes.logarithmic else 5)
     left = max(text_width(axes.write_y(tick)) for tick in ticks) + 10
     all_x = [x for one in series for x in one.x] + [e for b in bands for e in (b.first, b.last)]
-    ends = (left, width - 10.0)
+    last = max(text_width(axes.write_x(tick)) for tick in axes.x_ticks or (max(all_x),))
+    right = width - max(10.0, last / 2 + 1)
+    ends = (left, right)
     x = Scale(min(all_x), max(all_x), *(ends[::-1] if axes.reversed_x else ends))
     parts = [_band(x, band, top, bottom) for band in bands]
     for tick in ticks:
-        parts.append(line(left, y(tick), width - 10.0, y(tick), "grid"))
+        parts.append(line(left, y(tick), right, y(tick), "grid"))
         parts.append(text(left - 6, y(tick) + 4, axes.write_y(tick), "end", "tick"))
     for tick in axes.x_ticks if axes.x_ticks is not None else x.ticks(6 if width > 400 else 4):
         parts.append(line(x(tick), bottom, x(tick), bottom + 4, "axis"))
-        place = "middle" if x(tick) < width - 22 else "end"
-        written = axes.write_x(tick)
-        right = width - 2 if place == "end" else x(tick)
-        parts.append(text(right, bottom + FONT + 5, written, place, "tick"))
-    parts.append(line(left, bottom, width - 10.0, bottom, "axis"))
-    parts.append(text((left + width) / 2, height - 4, axes.x_label, "middle", "label"))
-    parts.append(text(0, top + FONT - 2, axes.y_label, "start", "label"))
+        parts.append(text(x(tick), bottom + FONT + 5, axes.write_x(tick), "middle", "tick"))
+    parts.append(line(left, bottom, right, bottom, "axis"))
+    parts.append(text((left + right) / 2, height - 4, axes.x_label, "middle", "label"))
+    parts.append(text(0, FONT - 2, axes.y_label, "start", "label"))
     for name, value in levels:
-        parts.append(line(left, y(value), width - 10.0, y(value), "level"))
-        parts.append(text(width - 12.0, y(value) - 4, name, "end", "label"))
+        parts.append(line(left, y(value), right, y(value), "level"))
+        parts.append(text(right - 3, y(value) - 4, name, "end", "label"))
     for one in series:
         parts += _series(one, x, y)
     return parts
@@ -141,9 +142,11 @@ def chart_parts(
 
 def _band(x: Scale, band: Band, top: float, bottom: float) -> Markup:
     left, right = sorted((x(band.first), x(band.last)))
-    inner: list[Child] = [rectangle(left, 0, right - left, bottom, f"band {band.style}")]
+    inner: list[Child] = [rectangle(left, top, right - left, bottom - top, f"band {band.style}")]
     if text_width(band.label, FONT) < right - left:
-        inner.append(text((left + right) / 2, FONT, band.label, "middle", f"name {band.style}"))
+        inner.append(
+            text((left + right) / 2, top + FONT + 3, band.label, "middle", f"name {band.style}")
+        )
     return element("g", *inner)
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from importlib import resources
 from pathlib import Path
 
 from ..files import write_text
+from ..quantities import human_bytes
 from .compare import pictures_section
 from .data import Page
 from .headline import headline
@@ -46,7 +48,7 @@ def render(page: Page) -> str:
         element("title", f"{page.model}: mosaicdiff report"),
         element("style", style),
     )
-    sections = [
+    sections: list[Markup | None] = [
         pictures_section(page),
         quality_section(page),
         cost_section(page),
@@ -54,13 +56,35 @@ def render(page: Page) -> str:
         speed_section(page),
         reproduce_section(page),
     ]
+    main = element("main", *sections)
+    size = len(head.encode()) + len(main.encode()) + len(script.encode())
+    pictures = sum(4 * -(-len(sheet.png) // 3) for sheet in page.sheets)
+    footer = element(
+        "footer",
+        f"This file takes {human_bytes(size)}, {human_bytes(pictures)} of it pictures. "
+        "It loads nothing from anywhere.",
+        class_="note",
+    )
     body = element(
         "body",
-        element("header", headline(page)),
-        element("main", *sections),
+        element("header", headline(page), _contents(sections)),
+        main,
+        footer,
         element("script", script),
     )
     return f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
+
+
+def _contents(sections: list[Markup | None]) -> Markup:
+    """Return links to the sections, by their ids and headings."""
+    links = []
+    for section in sections:
+        if section is not None:
+            found = re.match(r'<section id="([^"]+)"><h2>(.*?)</h2>', section)
+            if found is None:
+                raise RuntimeError(f"render: a section must begin with its heading: {section[:60]}")
+            links.append(element("a", Markup(found[2]), href=f"#{found[1]}"))
+    return element("nav", *links, aria_label="On this page")
 
 
 def _own(name: str) -> Markup:

@@ -75,7 +75,8 @@ def write_scale(scale: float | None) -> str:
 
 def write_seconds(seconds: float) -> str:
     """Write a time with its unit."""
-    return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+    value, unit = (1e3 * seconds, "ms") if seconds < 1 else (seconds, "s")
+    return f"{value:#.3g}".rstrip(".") + f" {unit}"
 
 
 def write_metric(metric: Metric, value: float | None) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..quantities import human_count
@@ -15,7 +15,7 @@ _ROW = 17
 _LEAST_CELL, _MOST_CELL = 4.0, 12.0
 #: Pixels of one kind of layer that a panel should have at least.
 _PART = 92
-_GUTTER = 22
+_GUTTER = 34
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ def kept_map(network: Network, width: int) -> Markup:
         width: of the drawing, in pixels.
     """
     rows = _rows(network.layers)
-    parts = list(dict.fromkeys(layer.part for layer in network.layers))
+    kinds = {layer.part: layer.kind for layer in network.layers}
+    parts = {part: f"{part}, {kind}" for part, kind in kinds.items()}
     labels = max(text_width(row.label) for row in rows if row.layers is not None) + 8
     least = labels + _PART * len(parts)
     stages = len(network.stages)
@@ -68,23 +69,30 @@ def _rows(layers: Sequence[ShownLayer]) -> list[_Row]:
     blocks: dict[str, dict[str, ShownLayer]] = {}
     for layer in layers:
         blocks.setdefault(layer.block, {})[layer.part] = layer
+    heads = common_heads(layers)
     rows, above = [], None
     for block, found in blocks.items():
         head, _, last = block.rpartition(".")
         if not last.isdigit():
             head, last = "", block
-        if head != above and head:
+        if head != above and head and len(heads) > 1:
             rows.append(_Row(head))
         above = head
         rows.append(_Row(last, found))
     return rows
 
 
+def common_heads(layers: Sequence[ShownLayer]) -> list[str]:
+    """Return the names of lists of blocks: what stands before a block's number."""
+    heads = (layer.block.rpartition(".") for layer in layers)
+    return list(dict.fromkeys(head for head, _, last in heads if last.isdigit()))
+
+
 def _panel(
     network: Network,
     index: int,
     rows: Sequence[_Row],
-    parts: Sequence[str],
+    parts: Mapping[str, str],
     x: float,
     y: float,
     width: float,
@@ -96,9 +104,9 @@ def _panel(
     steps = f"{stage.steps} step{'' if stage.steps == 1 else 's'}"
     given = steps if stage.sparsity is None else f"{stage.sparsity:.0%} removed, {steps}"
     drawn = [title, text(x + width, y + FONT, given, "end", "label")]
-    for k, part in enumerate(parts):
+    for k, (part, long) in enumerate(parts.items()):
         fits = max(3, int((column - 8) / text_width("x")))
-        short = part if len(part) <= fits else f"{part[: fits - 1]}…"
+        short = next((t for t in (long, part) if len(t) <= fits), f"{part[: fits - 1]}…")
         drawn.append(text(x + labels + k * column, y + 2 * FONT + 8, short, "start", "tick"))
     top = y + 2 * FONT + 16
     for row in rows:
@@ -120,9 +128,7 @@ def _shorten(label: str, width: float) -> str:
     return label if len(label) <= fits else f"…{label[-fits + 1 :]}"
 
 
-def _layer(
-    layer: ShownLayer, stage: int, x: float, y: float, width: float, style: str
-) -> Markup:
+def _layer(layer: ShownLayer, stage: int, x: float, y: float, width: float, style: str) -> Markup:
     kept, tall = layer.kept[stage], _ROW - 6.0
     share = kept / layer.groups
     said = (

@@ -12,7 +12,7 @@ from .svg import FONT, decades, drawing, stage_class, text
 
 _GUTTER = 24
 #: A panel is at least this wide, and so tall.
-_LEAST, _TALL = 250, 230
+_LEAST, _TALL = 250, 236
 
 
 def has_errors(network: Network) -> bool:
@@ -84,9 +84,7 @@ def _power(value: float) -> str:
     return f"{value:g}" if 1e-3 <= value < 1e4 else f"1e{round(math.log10(value))}"
 
 
-def _lines(
-    network: Network, layers: Sequence[ShownLayer], blocks: Sequence[str]
-) -> list[Series]:
+def _lines(network: Network, layers: Sequence[ShownLayer], blocks: Sequence[str]) -> list[Series]:
     place = {block: k for k, block in enumerate(blocks)}
     x = [place[layer.block] for layer in layers]
     lines = []

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from .curve import Axes, Band, Series, line_chart
 from .data import Network, Page, ShownLayer
-from .kept_map import kept_map
+from .kept_map import common_heads, kept_map
 from .layer_errors import has_errors, layer_errors
 from .markup import Markup, element
 from .svg import NARROW, both_widths, stage_class
@@ -93,7 +93,7 @@ def _ticks(network: Network) -> list[float]:
     last = max(stage.last for stage in network.stages)
     ticks: list[float] = []
     for value in sorted({stage.first for stage in network.stages} | {last}):
-        if not ticks or value - ticks[-1] >= 0.12 * last:
+        if not ticks or value - ticks[-1] >= 0.08 * last:
             ticks.append(value)
     return ticks
 
@@ -123,13 +123,14 @@ def _kept(network: Network, of: str, anchor: str) -> Markup:
             "A row is a block, from the input down. Filled squares are heads that stay, hollow "
             "ones are gone; a bar is the share of neurons that stay, with their number."
         )
+    heads = common_heads(network.layers)
+    if len(heads) == 1:
+        said += f" Numbers are those of {heads[0]}."
     return element(
         "section",
         element("h2", f"What is kept{of}"),
         element("p", said, class_="caption"),
-        element(
-            "figure", both_widths(lambda width: kept_map(network, width)), class_="drawing"
-        ),
+        element("figure", both_widths(lambda width: kept_map(network, width)), class_="drawing"),
         _layer_details(network),
         id=anchor,
     )

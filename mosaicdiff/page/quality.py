@@ -14,10 +14,12 @@ from .markup import Markup, element
 from .svg import NARROW, both_widths
 from .tables import data_table
 
+#: Kept on the line of a title's last word.
+_ARROWS = {"lower": "↓", "higher": "↑"}
 _ABOUT = {
-    "reference": "to real pictures",
-    "dense": "to the dense pictures",
-    "condition": "to what was asked for",
+    "reference": "against real pictures",
+    "dense": "against the dense pictures",
+    "condition": "against what was asked for",
     "itself": "of the pictures alone",
 }
 
@@ -69,8 +71,31 @@ def cost_section(page: Page) -> Markup:
         element("h2", "Cost"),
         element("p", caption, class_="caption"),
         element("figure", both_widths(lambda width: bar_chart(bars, width)), class_="drawing"),
+        _costs(page.evaluation),
         id="cost",
     )
+
+
+def _costs(evaluation: Evaluation) -> Markup:
+    columns = ["Model", "Guidance", "Time an image", "Speed-up", "MACs an image",
+               "MACs, attention left out", "Passes an image"]  # fmt: skip
+    rows, classes = [], []
+    for pair in evaluation.pairs:
+        for row in pair:
+            faster = evaluation.ratio(*pair).speedup if row is pair[1] else None
+            rows.append(
+                [
+                    row.model,
+                    write_scale(row.guidance_scale),
+                    write_seconds(row.seconds_per_image),
+                    "–" if faster is None else f"{faster:.2f}×",
+                    human_count(row.macs_with_attention_per_image),
+                    human_count(row.macs_per_image),
+                    f"{row.passes_per_image:g}",
+                ]
+            )
+            classes.append(row.model)
+    return data_table("Time and MACs by model and guidance", columns, rows, classes=classes)
 
 
 def _bar(label: str, dense: float, pruned: float, write: Callable[[float], str]) -> Bar:
@@ -79,12 +104,14 @@ def _bar(label: str, dense: float, pruned: float, write: Callable[[float], str])
 
 def _about(evaluation: Evaluation) -> str:
     setting = evaluation.setting
-    against = "" if setting.reference is None else f", compared with {setting.reference}"
-    network = "" if setting.network is None else f" Features are those of {setting.network}."
-    return (
-        f"{setting.num_images:,} pictures a row{against}.{network} An arrow tells which way is "
-        "better; bold is the best guidance of each model."
-    )
+    said = [f"{setting.num_images:,} pictures a row."]
+    if setting.reference is not None:
+        count = "" if setting.reference_images is None else f"{setting.reference_images:,} "
+        said.append(f"Real pictures are the {count}of {setting.reference}.")
+    said.append("An arrow tells which way is better.")
+    if len(setting.guidance_scales) > 1:
+        said.append("Bold is the best guidance of each model.")
+    return " ".join(said)
 
 
 def _curve(evaluation: Evaluation) -> Markup | None:
@@ -108,7 +135,9 @@ def _curve(evaluation: Evaluation) -> Markup | None:
     )
     values = "; ".join(
         f"{one.label}: "
-        + ", ".join(f"{write_metric(metric, y)} at {x:g}" for x, y in zip(one.x, one.y, strict=True))
+        + ", ".join(
+            f"{write_metric(metric, y)} at {x:g}" for x, y in zip(one.x, one.y, strict=True)
+        )
         for one in series
     )
     label = f"{metric.title} over guidance. {values}."
@@ -124,8 +153,7 @@ def _curve(evaluation: Evaluation) -> Markup | None:
 
 def _rows(evaluation: Evaluation) -> Markup:
     columns = ["Model", "Guidance"]
-    columns += [f"{m.title} {'↓' if m.better == 'lower' else '↑'}" for m in evaluation.metrics]
-    columns += ["Time an image", "MACs an image", "without attention", "Passes"]
+    columns += [f"{_capital(m)}\u00a0{_ARROWS[m.better]}" for m in evaluation.metrics]
     several = len(evaluation.setting.guidance_scales) > 1
     rows, classes = [], []
     for row in evaluation.rows:
@@ -134,14 +162,10 @@ def _rows(evaluation: Evaluation) -> Markup:
                 row.model,
                 write_scale(row.guidance_scale),
                 *(_cell(metric, row, several) for metric in evaluation.metrics),
-                write_seconds(row.seconds_per_image),
-                human_count(row.macs_with_attention_per_image),
-                human_count(row.macs_per_image),
-                f"{row.passes_per_image:g}",
             ]
         )
         classes.append(row.model)
-    return data_table("Quality, time and MACs by model and guidance", columns, rows, classes=classes)
+    return data_table("Quality by model and guidance", columns, rows, classes=classes)
 
 
 def _cell(metric: Metric, row: Row, several: bool) -> Markup | str:
@@ -154,8 +178,16 @@ def _cell(metric: Metric, row: Row, several: bool) -> Markup | str:
 def _meanings(metrics: Sequence[Metric]) -> Markup | None:
     if not metrics:
         return None
-    said = []
+    alike: dict[tuple[str, str | None], list[str]] = {}
     for metric in metrics:
-        where = "in pixels" if metric.network is None else f"in features of {metric.network}"
-        said.append(f"{metric.title}: {_ABOUT.get(metric.about, metric.about)}, {where}")
-    return element("p", "; ".join(said) + ".", class_="note")
+        alike.setdefault((metric.about, metric.network), []).append(metric.title)
+    said = []
+    for (about, network), titles in alike.items():
+        where = "in pixels" if network is None else f"in features of {network}"
+        listed = ", ".join(titles)
+        said.append(f"{listed[0].upper()}{listed[1:]}: {_ABOUT[about]}, {where}.")
+    return element("p", " ".join(said), class_="note")
+
+
+def _capital(metric: Metric) -> str:
+    return metric.title[0].upper() + metric.title[1:]

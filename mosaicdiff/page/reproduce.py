@@ -63,7 +63,6 @@ def _configurations(page: Page) -> list[Markup]:
     for network in page.networks:
         of = f" {network.component}" if len(page.networks) > 1 else ""
         lines = json.dumps(dict(network.config), indent=2, sort_keys=True)
-        seconds = "" if network.report is None else f", pruned in {network.report.seconds:.1f} s"
-        title = element("summary", f"Configuration{of} was pruned with{seconds}")
+        title = element("summary", f"What{of or ' it'} was pruned with")
         found.append(element("details", title, element("pre", element("code", lines), tabindex=0)))
     return found

@@ -118,8 +118,9 @@ class Scale:
     def ticks(self, count: int = 5) -> list[float]:
         """Return about `count` round values in the range; powers of ten where logarithmic."""
         if self.logarithmic:
-            first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(
-                math.log10(self.high) + 1e-9
+            first, last = (
+                math.ceil(math.log10(self.low) - 1e-9),
+                math.floor(math.log10(self.high) + 1e-9),
             )
             step = max(1, math.ceil((last - first + 1) / count))
             return [10.0**power for power in range(first, last + 1, step)]
