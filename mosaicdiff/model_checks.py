@@ -16,6 +16,9 @@ from torch import nn
 _MOVING_HOOKS = ("group_offloading", "layer_execution_tracker")
 _CASTING_HOOK = "layerwise_casting"
 
+#: Where a denoiser holds the fused execution that it is in.
+EXECUTION = "_mosaicdiff_execution"
+
 #: A part of a processor's class name, what it is, and what takes it away.
 _KNOWN_PROCESSORS = (
     ("IPAdapter", "an IP-Adapter is loaded", "Call the pipeline's unload_ip_adapter() first."),
@@ -29,20 +32,26 @@ _KNOWN_PROCESSORS = (
 )  # fmt: skip
 
 
-def check_state(denoiser: Any, processors: Collection[str] = (), grouped_kv: bool = False) -> None:
+def check_state(
+    denoiser: Any,
+    processors: Collection[str] = (),
+    grouped_kv: bool = False,
+    caller: str = "prune",
+) -> None:
     """Refuse a denoiser that is something else than its plain dense self.
 
     Args:
         denoiser: on any device.
         processors: class names of the attention processors that are understood; of none, any is.
         grouped_kv: whether key and value heads may be fewer than query heads.
+        caller: named in errors.
 
     Raises:
         ValueError: names what is found, where, and what undoes it.
     """
     for problem in (*_of_wrappers(denoiser), *_of_adapters(denoiser), *_of_hooks(denoiser),
                     *_of_quantisation(denoiser), *_of_attention(denoiser, processors)):  # fmt: skip
-        raise ValueError(f"prune: {problem}")
+        raise ValueError(f"{caller}: {problem}")
     if not grouped_kv:
         _check_kv_heads(denoiser)
 
@@ -97,6 +106,8 @@ def check_shapes(denoiser: Any, dense: Mapping[str, torch.Tensor]) -> None:
 
 def _of_wrappers(denoiser: Any) -> Iterator[str]:
     kind = type(denoiser).__name__
+    if EXECUTION in denoiser.__dict__:
+        yield "model must not be optimized. Call mosaicdiff.restore first, and optimize the stages."
     if kind == "StagedDenoiser":
         yield "model must be dense, but it is pruned already. Prune the original instead."
     if kind == "OptimizedModule" or any(

@@ -85,7 +85,7 @@ def bench(
         report = measure_latency(
             dense, staged, batch_size=batch_size, repeats=repeats, advance=lambda: bar.advance(task)
         )
-    from ..evaluate.compare import denoiser_size
+    from ..evaluate.cost import denoiser_size
 
     sizes = {name: denoiser_size(net) for name, net in (("dense", dense), ("pruned", staged))}
     if as_json:

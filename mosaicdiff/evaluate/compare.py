@@ -14,7 +14,6 @@ from diffusers import DiffusionPipeline
 
 from ..groups import leading_parameter
 from ..sources import class_count, find_denoiser, source_name
-from ..runtime import StagedDenoiser
 from ..statistics.prompts import find_condition
 from .cost import Calls, calls_of, pipeline_size, watched
 from .evaluation import DENSE, PRUNED, Evaluation, Row, Setting, mark_best
@@ -59,6 +58,7 @@ def compare(
     batch_size: int = 100,
     options: Mapping[str, Any] | None = None,
     best_by: str | None = None,
+    names: Mapping[str, str] | None = None,
     command: str = "",
     advance: Callable[[int], None] = lambda images: None,
 ) -> Evaluation:
@@ -81,6 +81,7 @@ def compare(
         options: other arguments of the pipeline's call, e.g. height and width.
         best_by: name of the metric that chooses the best guidance; None is the Frechet distance
             where it is measured, else the first score of prompts, else none.
+        names: of `dense` and `pruned`, for the record; None are those they were loaded by.
         command: that this is run by, for the record.
         advance: hears of every picture made (2 x `num_images` x scales in all).
 
@@ -98,11 +99,11 @@ def compare(
         else [prompts[i % len(prompts)] for i in range(num_images)]
     )
     kinds = {DENSE: dense, PRUNED: pruned}
-    reads = prompts is None and judges.network is not None
-    reads_labels = reads and judges.network.classes == class_count(dense)  # type: ignore[union-attr]
+    known = None if judges.network is None else judges.network.classes
+    reads_labels = prompts is None and known == class_count(dense)
     sample = partial(sample_images, seed=seed, batch_size=batch_size, options=options)
     reference, best_by = _rehearse(
-        kinds, judges, conditions[:batch_size], sample, steps, scales, best_by
+        kinds, judges, conditions[:batch_size], sample, steps, scales, best_by, reads_labels
     )
     runs = {
         (model, scale): _Run(pipe, Tally(judges, reads_labels), calls_of(pipe))
@@ -131,7 +132,7 @@ def compare(
     )
     metrics = known_metrics(judges, reference, [dict(row.metrics) for row in rows])
     setting = Setting(
-        models=_names(dense, pruned),
+        models=dict(names or _names(dense, pruned)),
         pipeline=type(dense).__name__,
         denoiser=type(find_denoiser(dense)[1]).__name__,
         num_images=num_images,
@@ -177,9 +178,7 @@ def _check(
         )
     kind, name = find_condition(type(dense).__call__), type(dense).__name__
     if kind is None:
-        raise ValueError(
-            f"compare: dense must be class-conditional or asked in words, got {name}."
-        )
+        raise ValueError(f"compare: dense must be class-conditional or asked in words, got {name}.")
     if kind == "prompt" and not prompts:
         raise ValueError(
             f"compare: prompts must be given for {name}, which is asked in words, got none. "
@@ -215,6 +214,7 @@ def _rehearse(
     steps: int | None,
     scales: tuple[float | None, ...],
     best_by: str | None,
+    reads_labels: bool,
 ) -> tuple[Reference | None, str | None]:
     """Draw one short batch of each model and judge two of its pictures, before the long run.
 
@@ -233,32 +233,32 @@ def _rehearse(
             "compare: dense and pruned must draw pictures of one shape, got "
             f"{tuple(made[DENSE].shape[1:])} and {tuple(made[PRUNED].shape[1:])}."
         )
-    reference = None
-    if judges.reference is not None:
+    known, reference = [], None
+    if judges.reference is not None and judges.network is not None:
         channels, height, width = made[DENSE].shape[-3:]
         reference = judges.reference((channels, height, width))
-    trial = Tally(judges)
-    trial.add(made[DENSE][:2], conditions[:2], made[PRUNED][:2])
-    if reference is not None and judges.network is not None:
-        wide = judges.network(made[DENSE][:1].flatten(0, -4)).values.shape[1]
-        if wide != len(reference.moments.mean):
+        _check_reference(reference, judges)
+        seen = judges.network(made[DENSE].reshape(-1, channels, height, width)[:1])
+        if seen.values.shape[1] != len(reference.moments.mean):
             raise ValueError(
-                f"compare: reference must be of the {wide} features of {judges.network.name}, got "
-                f"{len(reference.moments.mean)} in {reference.name}."
+                f"compare: reference must be of the {seen.values.shape[1]} features of "
+                f"{judges.network.name}, got {len(reference.moments.mean)} in {reference.name}."
             )
-        if reference.count is not None and reference.count <= judges.neighbours:
-            raise ValueError(
-                f"compare: reference must have more than {judges.neighbours} pictures, got "
-                f"{reference.count} in {reference.name}."
-            )
-    known = ["frechet"] if reference is not None else []
-    known += [score.metric.name for score in judges.prompt_scores]
-    if reference is not None:
-        more = {"precision", "recall"} if reference.features is not None else set()
-        known += sorted(more)
-        if judges.network is not None and judges.network.classes is not None:
-            known += ["inception_score"]
-    return reference, _chooser(best_by, known)
+        known = ["frechet"]
+        known += [] if reference.features is None else ["precision", "recall"]
+        known += [] if seen.probabilities is None else ["inception_score"]
+        known += ["accuracy"] if reads_labels else []
+    Tally(judges).add(made[PRUNED][:2], conditions[:2], made[DENSE][:2])
+    scores = [score.metric.name for score in judges.prompt_scores]
+    return reference, _chooser(best_by, known[:1] + scores + known[1:])
+
+
+def _check_reference(reference: Reference, judges: Judges) -> None:
+    if reference.count is not None and reference.count <= judges.neighbours:
+        raise ValueError(
+            f"compare: reference must have more than {judges.neighbours} pictures, got "
+            f"{reference.count} in {reference.name}."
+        )
 
 
 def _chooser(best_by: str | None, known: list[str]) -> str | None:
@@ -296,12 +296,11 @@ def _row(
 
 
 def _names(dense: DiffusionPipeline, pruned: DiffusionPipeline) -> dict[str, str]:
-    _, denoiser = find_denoiser(pruned)
-    origin = denoiser.info.source if isinstance(denoiser, StagedDenoiser) else None
-    return {
-        DENSE: source_name(dense) or origin or "a pipeline in memory",
-        PRUNED: source_name(pruned) or "a pipeline in memory",
-    }
+    name = source_name(pruned)
+    if name is not None and name == source_name(dense):
+        name = f"{name}, pruned in memory"
+    unknown = "a pipeline in memory"
+    return {DENSE: source_name(dense) or unknown, PRUNED: name or unknown}
 
 
 def _machine(pipe: DiffusionPipeline) -> dict[str, Any]:

@@ -139,9 +139,7 @@ def feature_network(name: str, device: torch.device | str = "cpu") -> FeatureNet
         return DigitsNetwork()
     if kind == "inception" and bool(separator) == bool(path):
         return InceptionNetwork(Path(path) if path else None, device)
-    raise ValueError(
-        f"--features must be digits, inception, inception:FILE or none, got {name!r}."
-    )
+    raise ValueError(f"--features must be digits, inception, inception:FILE or none, got {name!r}.")
 
 
 def extract(network: FeatureNetwork, images: torch.Tensor, batch_size: int = 64) -> Features:

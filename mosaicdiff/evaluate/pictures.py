@@ -52,7 +52,7 @@ def ssim(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Return the mean over pictures (B, C, H, W) in [0, 1] of -10 log10 of the squared error, in dB.
+    """Return the mean of -10 log10(squared error), in dB, over pictures (B, C, H, W) in [0, 1].
 
     Infinite where a picture equals its counterpart.
     """

@@ -105,12 +105,12 @@ def load_reference(
         values = join(parts).values
         return Reference(str(path), moments(values.numpy()), values)
     held = _read_npz(path, network)
-    values = _values(held, network)
-    if values is None or "mu" in held:  # of the whole set, where the pictures are a sample of it
+    sample = _values(held, network)
+    if sample is None or "mu" in held:  # of the whole set, where the pictures are a sample of it
         known = Moments(np.asarray(held["mu"], np.float64), np.asarray(held["sigma"], np.float64))
     else:
-        known = moments(values.numpy())
-    return Reference(str(path), known, values)
+        known = moments(sample.numpy())
+    return Reference(str(path), known, sample)
 
 
 def _values(held: dict[str, Any], network: FeatureNetwork) -> torch.Tensor | None:

@@ -9,8 +9,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from ..adapters import adapter_for_class
 from ..groups import Denoiser, leading_parameter
-from ..model_checks import check_unhooked
+from ..model_checks import EXECUTION, check_state, check_unhooked
 from ..runtime import StagedDenoiser
 from ..sources import find_denoisers
 from .dit import fuse_dit
@@ -20,8 +21,6 @@ from .products import Joins
 
 #: How to fuse a denoiser, by its class in diffusers.
 FUSIONS: dict[str, Callable[[Any, Joins], Fusion]] = {"DiTTransformer2DModel": fuse_dit}
-
-_HELD = "_mosaicdiff_execution"
 
 
 class Execution:
@@ -44,7 +43,7 @@ class Execution:
                 if "forward" not in module.__dict__:
                     module.__dict__["forward"] = forward
                     self._replaced.append(module)
-        self._denoiser.__dict__[_HELD] = self
+        self._denoiser.__dict__[EXECUTION] = self
 
     def remove(self) -> None:
         """Take everything away again."""
@@ -52,7 +51,7 @@ class Execution:
             module.__dict__.pop("forward", None)
         for product in self._joins.made:
             product.separate()
-        self._denoiser.__dict__.pop(_HELD, None)
+        self._denoiser.__dict__.pop(EXECUTION, None)
 
 
 def optimize(
@@ -105,7 +104,7 @@ def restore(model: DiffusionPipeline | Denoiser) -> None:
         ValueError: hooks were put on top since.
     """
     for denoiser in _denoisers(model):
-        execution = denoiser.__dict__.get(_HELD)
+        execution = denoiser.__dict__.get(EXECUTION)
         if execution is not None:
             check_unhooked("restore", denoiser)
             execution.remove()
@@ -113,13 +112,17 @@ def restore(model: DiffusionPipeline | Denoiser) -> None:
 
 def execution_of(denoiser: nn.Module) -> Execution | None:
     """Return the fused execution that a denoiser is in."""
-    return denoiser.__dict__.get(_HELD)
+    return denoiser.__dict__.get(EXECUTION)
 
 
 def _denoisers(model: Any) -> list[nn.Module]:
     if isinstance(model, DiffusionPipeline):
         return [component.denoiser for component in find_denoisers(model)]
     return [model]
+
+
+def _models(denoiser: Any) -> list[nn.Module]:
+    return list(denoiser.stage_models) if isinstance(denoiser, StagedDenoiser) else [denoiser]
 
 
 def _kind(denoiser: nn.Module) -> str:
@@ -129,7 +132,7 @@ def _kind(denoiser: nn.Module) -> str:
 
 
 def _check(denoiser: nn.Module, fuse: bool, cuda_graphs: bool) -> None:
-    if denoiser.__dict__.get(_HELD) is not None:
+    if denoiser.__dict__.get(EXECUTION) is not None:
         raise ValueError(
             "optimize: model must not be optimized already. Call mosaicdiff.restore first."
         )
@@ -139,6 +142,10 @@ def _check(denoiser: nn.Module, fuse: bool, cuda_graphs: bool) -> None:
             f"{_kind(denoiser)}. Pass fuse=False to compile it or capture graphs alone."
         )
     check_unhooked("optimize", denoiser)
+    if fuse:
+        processors = adapter_for_class(_kind(denoiser)).processors
+        for model in _models(denoiser):
+            check_state(model, processors, caller="optimize")
     device = leading_parameter(denoiser).device
     if cuda_graphs and device.type != "cuda":
         raise RuntimeError(
@@ -150,8 +157,7 @@ def _check(denoiser: nn.Module, fuse: bool, cuda_graphs: bool) -> None:
 def _execution(
     denoiser: Any, fuse: bool, options: dict[str, Any] | None, cuda_graphs: bool
 ) -> Execution:
-    staged = isinstance(denoiser, StagedDenoiser)
-    models = list(denoiser.stage_models) if staged else [denoiser]
+    models = _models(denoiser)
     joins = Joins()
     networks = []
     with torch.no_grad():

@@ -62,7 +62,13 @@ class _Embedder:
 
     def __init__(self, embedder: Any, product: JoinedLinear, blocks: int) -> None:
         self._embedder, self._product, self._blocks = embedder, product, blocks
-        self._frequencies: torch.Tensor | None = None
+        settings = embedder.time_proj
+        half = settings.num_channels // 2
+        device = embedder.timestep_embedder.linear_1.weight.device
+        steps = torch.arange(half, dtype=torch.float32, device=device)
+        self._frequencies = torch.exp(
+            -math.log(10000) * steps / (half - settings.downscale_freq_shift)
+        )
 
     def __call__(
         self, timestep: torch.Tensor, labels: torch.Tensor, dtype: torch.dtype
@@ -85,13 +91,9 @@ class _Embedder:
         return modulations, rows[last:]
 
     def _sinusoid(self, timestep: torch.Tensor) -> torch.Tensor:
-        """Return diffusers' sinusoidal embedding, cosines first; its frequencies are kept."""
-        settings = self._embedder.time_proj
-        if self._frequencies is None or self._frequencies.device != timestep.device:
-            half = settings.num_channels // 2
-            steps = torch.arange(half, dtype=torch.float32, device=timestep.device)
-            exponent = -math.log(10000) * steps / (half - settings.downscale_freq_shift)
-            self._frequencies = torch.exp(exponent)
+        """Return diffusers' sinusoidal embedding, cosines first."""
+        if self._frequencies.device != timestep.device:  # the model was moved
+            self._frequencies = self._frequencies.to(timestep.device)
         angles = timestep[:, None].float() * self._frequencies
         return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
 
