@@ -74,9 +74,7 @@ def report(
 
     networks: list[Network] = []
     result = judge_model(
-        model,
-        options,
-        look=lambda dense, pruned: networks.extend(read_networks(pruned, model)),
+        model, options, look=lambda pruned: networks.extend(read_networks(pruned, model))
     )
     page = make_page(
         model, networks, result, command=command_line(), bench=timed, pictures=pictures

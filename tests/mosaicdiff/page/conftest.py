@@ -15,7 +15,9 @@ def tiny_pair(**config):
     """A dense pipeline and the same pruned by 40% in three stages."""
     dense = tiny_pipeline(tiny_denoiser())
     pruned = tiny_pipeline(copy.deepcopy(dense.transformer))
-    config = mosaicdiff.PruneConfig(**{"sparsity": 0.4, "samples": 48, "steps": 20} | config)
+    config = mosaicdiff.PruneConfig(
+        **{"sparsity": 0.4, "samples": 48, "steps": 20, "weighting": "raw"} | config
+    )
     mosaicdiff.prune(pruned, config, calibration=tiny_batches())
     return dense, pruned
 

@@ -91,8 +91,7 @@ def test_blocks_of_several_lists_stand_under_their_names(page):
     (network,) = page.networks
     names = ("transformer_blocks.0", "single_transformer_blocks.0", "mid_block")
     layers = tuple(
-        replace(layer, block=block)
-        for layer, block in zip(network.layers[:3], names, strict=True)
+        replace(layer, block=block) for layer, block in zip(network.layers[:3], names, strict=True)
     )
     found = texts(read(kept_map(replace(network, layers=layers), WIDE)))
     assert {"transformer_blocks", "single_transformer_blocks", "mid_block"} <= set(found)
