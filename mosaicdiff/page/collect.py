@@ -98,7 +98,7 @@ def _stage(staged: StagedDenoiser, k: int, report: PruneReport | None) -> ShownS
     if report is None:
         return ShownStage(stage.name, stage.first + 1, stage.last + 1, steps, None, None, None)
     said = report.stages[k]
-    errors = [row.error for row in (*said.layers, *said.weights)]
+    errors = [row.error for row in said.layers] + [row.error for row in said.weights]
     return ShownStage(
         stage.name,
         stage.first + 1,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from ..evaluate.evaluation import Evaluation, Metric, Row
 from ..quantities import human_bytes, human_count
 from .data import Network, Page
@@ -81,8 +83,10 @@ def write_seconds(seconds: float) -> str:
 
 def write_metric(metric: Metric, value: float | None) -> str:
     """Write a figure as its metric is read; a dash where there is none."""
-    if value is None:
+    if value is None or math.isnan(value):
         return "–"
+    if math.isinf(value):  # e.g. the PSNR of equal pictures
+        return "∞"
     if metric.percent:
         return f"{value:.1%}"
     return f"{value:.3g}" if abs(value) < 1 else f"{value:.2f}"

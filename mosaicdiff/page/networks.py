@@ -8,7 +8,7 @@ from .curve import Axes, Band, Series, line_chart
 from .data import Network, Page, ShownLayer
 from .kept_map import common_heads, kept_map
 from .layer_errors import has_errors, layer_errors
-from .markup import Markup, element
+from .markup import Child, Markup, element
 from .svg import NARROW, both_widths, stage_class
 from .tables import data_table
 
@@ -101,7 +101,7 @@ def _ticks(network: Network) -> list[float]:
 def _stage_table(network: Network) -> Markup:
     removed = "Weights removed" if network.of_weights else "MACs removed"
     columns = ["Stage", "Timesteps", "Steps", f"{removed}", "MACs, dense = 100%", "Mean error"]
-    rows = [
+    rows: list[list[Child]] = [
         [
             _named(k, stage.name),
             f"{stage.first}–{stage.last}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from ..evaluate.evaluation import DENSE, PRUNED, Evaluation, Metric, Row
@@ -122,7 +123,8 @@ def _curve(evaluation: Evaluation) -> Markup | None:
     ordered = sorted(scales)
     series = []
     for index, model in enumerate((DENSE, PRUNED)):
-        y = [evaluation.row(model, scale).metrics.get(metric.name) for scale in ordered]
+        known = [evaluation.row(model, scale).metrics.get(metric.name) for scale in ordered]
+        y = [value if value is not None and math.isfinite(value) else None for value in known]
         if any(value is not None for value in y):
             series.append(Series(model, ordered, y, model, index))
     if not series:

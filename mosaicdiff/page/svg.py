@@ -118,17 +118,15 @@ class Scale:
     def ticks(self, count: int = 5) -> list[float]:
         """Return about `count` round values in the range; powers of ten where logarithmic."""
         if self.logarithmic:
-            first, last = (
-                math.ceil(math.log10(self.low) - 1e-9),
-                math.floor(math.log10(self.high) + 1e-9),
-            )
-            step = max(1, math.ceil((last - first + 1) / count))
-            return [10.0**power for power in range(first, last + 1, step)]
+            lowest = math.ceil(math.log10(self.low) - 1e-9)
+            highest = math.floor(math.log10(self.high) + 1e-9)
+            apart = max(1, math.ceil((highest - lowest + 1) / count))
+            return [10.0**power for power in range(lowest, highest + 1, apart)]
         if self.high == self.low:
             return [self.low]
         step = round_step((self.high - self.low) / max(count - 1, 1))
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
-        return [round(k * step, 10) for k in range(first, last + 1)]
+        return [float(f"{k * step:.10g}") for k in range(first, last + 1)]
 
 
 def round_step(step: float) -> float:
