@@ -128,7 +128,7 @@ def _print_pair(result: Evaluation, title: str) -> None:
         "time an image",
         f"{1e3 * dense.seconds_per_image:.1f} ms",
         f"{1e3 * pruned.seconds_per_image:.1f} ms",
-        f"{ratio.speedup:.2f}x faster",
+        f"{ratio.speedup:.2f}x as fast",
     )
     table.add_row(
         "parameters",
@@ -175,7 +175,7 @@ def _print_sweep(result: Evaluation, title: str) -> None:
     ratio, metric = result.ratio(dense, pruned), result.metric(result.best_by)
     console().print(
         f"Each at its best {metric.title}: dense {_value(metric, dense)} at {_scale(dense)}, "
-        f"pruned {_value(metric, pruned)} at {_scale(pruned)}; {ratio.speedup:.2f}x faster, "
+        f"pruned {_value(metric, pruned)} at {_scale(pruned)}; {ratio.speedup:.2f}x as fast, "
         f"{ratio.macs_with_attention:.2f}x fewer MACs.",
         highlight=False,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,7 +35,8 @@ class _Run:
     pipe: DiffusionPipeline
     tally: Tally
     calls: list[Calls]
-    seconds: float = 0.0
+    #: Of a picture, in each batch.
+    seconds: list[float] = field(default_factory=list)
     kept: list[torch.Tensor] = field(default_factory=list)
 
     def keep(self, images: torch.Tensor) -> None:
@@ -122,7 +124,7 @@ def compare(
                         first_image=first, advance=advance,
                     )  # fmt: skip
                 made[model] = images
-                run.seconds += seconds
+                run.seconds.append(seconds / len(chunk))
                 run.tally.add(images, chunk, None if model == DENSE else made[DENSE])
                 run.keep(images)
     sizes = {model: pipeline_size(pipe) for model, pipe in kinds.items()}
@@ -290,7 +292,7 @@ def _row(
         passes_per_image=sum(calls.samples for calls in run.calls) / num_images,
         macs_per_image=sum(linear for linear, _ in counted) / num_images,
         macs_with_attention_per_image=sum(total for _, total in counted) / num_images,
-        seconds_per_image=run.seconds / num_images,
+        seconds_per_image=statistics.median(run.seconds),
         metrics=run.tally.metrics(reference),
     )
 

@@ -50,7 +50,7 @@ class Row:
             the prediction doubles it, and samplers of higher order take more than one a step.
         macs_per_image: multiply-accumulates of products of weights, of all passes.
         macs_with_attention_per_image: those and attention's products.
-        seconds_per_image: of the whole pipeline, decoding included, without its first call.
+        seconds_per_image: of the whole pipeline, decoding included: the median over batches.
         metrics: by name; what compares with the dense pictures is missing for `dense`.
         best_by: names of the metrics by which no other guidance of this model is better.
     """

@@ -110,9 +110,9 @@ class JoinedLinear:
 
 
 class Joins:
-    """Make the joined linears of networks that share some of them.
+    """Make the joined linears of networks that share weights.
 
-    What is asked for twice is made once. A linear that is in one joined linear already is copied
+    What is asked for twice is made once. A weight that is in one joined linear already is copied
     into a second.
     """
 
@@ -122,8 +122,8 @@ class Joins:
 
     def linear(self, places: Sequence[Place]) -> JoinedLinear:
         """Return the joined linear of these places."""
-        linears = [owner._modules[name] for owner, name in places]
-        key = tuple(id(linear) for linear in linears)
+        linears: list[Any] = [owner._modules[name] for owner, name in places]
+        key = tuple(id(getattr(linear, "weight", linear)) for linear in linears)
         if key not in self._made:
             tied = self._taken.isdisjoint(key)
             self._made[key] = JoinedLinear(places, tied)
