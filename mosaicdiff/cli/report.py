@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,9 +68,9 @@ def report(
     """
     check_positive(pictures=pictures)
     check_output(output)
-    timed = None if bench is None else read_bench(bench)
-    from ..page import make_page, read_networks, write_page
+    from ..page import make_page, read_bench, read_networks, write_page
 
+    timed = None if bench is None else read_bench(bench)
     networks: list[Network] = []
     result = judge_model(
         model, options, look=lambda pruned: networks.extend(read_networks(pruned, model))
@@ -98,23 +97,3 @@ def check_output(path: Path) -> None:
         raise ValueError(f"report: --output must be a file, but {path} is a folder.")
     if not path.absolute().parent.is_dir():
         raise ValueError(f"report: --output must lie in a folder that exists, got {path}.")
-
-
-def read_bench(path: Path) -> dict[str, Any]:
-    """Read what `mosaicdiff bench --json` printed.
-
-    Raises:
-        ValueError: there is no such file, or it holds something else.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"report: --bench must be a file, but there is none at {path}.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise ValueError(f"report: --bench must be JSON, got {path}: {error}.") from None
-    if not isinstance(values, dict) or "error" in values:
-        raise ValueError(
-            f"report: --bench must hold what `mosaicdiff bench --json` prints, got {path} with "
-            f"{json.dumps(values)[:60]}."
-        )
-    return values

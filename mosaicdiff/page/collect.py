@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from ..config import PruneConfig
 from ..evaluate.evaluation import Evaluation
+from ..memory.count import state_memory
 from ..report import PruneReport, WeightReport, report_from_dict
 from ..runtime import StagedDenoiser
 from ..sources import find_denoisers
 from ..trajectory.schedule import NoiseSchedule
-from .data import Network, Page, ScoreCurve, ShownLayer, ShownStage
+from .data import Bench, Network, Page, ScoreCurve, ShownLayer, ShownStage
 from .pictures import picture_sheets
 
 #: Points of a curve: more than a drawing has pixels would only make the file larger.
@@ -45,7 +46,7 @@ def make_page(
     evaluation: Evaluation,
     *,
     command: str = "",
-    bench: Mapping[str, Any] | None = None,
+    bench: Bench | None = None,
     pictures: int = 48,
 ) -> Page:
     """Gather what a report of a pruned pipeline shows.
@@ -55,7 +56,7 @@ def make_page(
         networks: its pruned denoisers, from `read_networks`.
         evaluation: of it beside the dense pipeline.
         command: that writes this report again.
-        bench: what `mosaicdiff bench --json` printed.
+        bench: of its denoiser.
         pictures: of each model and guidance to show, at most.
 
     Raises:
@@ -87,6 +88,7 @@ def read_network(component: str, staged: StagedDenoiser, scheduler: Any) -> Netw
         stages=tuple(_stage(staged, k, report) for k in range(len(info.division))),
         layers=layers,
         curve=_curve(staged, report, scheduler),
+        memory=state_memory(staged),
         report=report,
         config=info.prune_config,
         source=info.source,

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..evaluate.bench import BenchRow
 from ..evaluate.evaluation import Evaluation
+from ..evaluate.spent import TimeSpent
+from ..memory.count import StatedMemory
 from ..report import PruneReport
 
 
@@ -87,6 +90,7 @@ class Network:
         stages: noisiest first.
         layers: in the model's order.
         curve: None where the scheduler gives none.
+        memory: bytes it takes on disk and loaded, by count.
         report: of the pruning; None where the checkpoint holds none.
         config: that it was pruned with.
         source: what it was pruned from, or None.
@@ -97,6 +101,7 @@ class Network:
     stages: tuple[ShownStage, ...]
     layers: tuple[ShownLayer, ...]
     curve: ScoreCurve | None
+    memory: StatedMemory
     report: PruneReport | None
     config: Mapping[str, Any]
     source: str | None
@@ -133,6 +138,23 @@ class Sheet:
 
 
 @dataclass(frozen=True)
+class Bench:
+    """What `mosaicdiff bench` measured of the denoiser alone.
+
+    Args:
+        model: that was timed.
+        machine: device, type, threads, rounds and versions, by name.
+        rows: of each network, mode, batch size and number of steps.
+        spent: (mode, network) and where the time of a call went.
+    """
+
+    model: str
+    machine: Mapping[str, str]
+    rows: tuple[BenchRow, ...]
+    spent: tuple[tuple[str, str, TimeSpent], ...]
+
+
+@dataclass(frozen=True)
 class Page:
     """All that a report shows.
 
@@ -142,7 +164,7 @@ class Page:
         evaluation: dense beside pruned.
         sheets: pictures of both, by guidance in the order of the evaluation.
         command: that writes this page again; empty where it was called from Python.
-        bench: what `mosaicdiff bench --json` printed, or None.
+        bench: of its denoiser, or None.
     """
 
     model: str
@@ -150,4 +172,4 @@ class Page:
     evaluation: Evaluation
     sheets: tuple[Sheet, ...]
     command: str = ""
-    bench: Mapping[str, Any] | None = None
+    bench: Bench | None = None

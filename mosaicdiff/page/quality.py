@@ -56,14 +56,17 @@ def cost_section(page: Page) -> Markup:
         )
     bars.append(_bar("Parameters stored", dense.parameters, pruned.parameters, human_count))
     bars.append(_bar("Bytes on disk", dense.bytes, pruned.bytes, human_bytes))
-    if len(reports) == 1 and reports[0] is not None:
-        said = reports[0]
-        bars.append(_bar("Bytes loaded", said.bytes_dense, said.resident_bytes, human_bytes))
+    held = [network.memory for network in page.networks]
+    whole = sum(memory.dense for memory in held)
+    resident = sum(memory.resident for memory in held)
+    swapped = sum(memory.swap_device for memory in held)
+    bars.append(_bar("Loaded, all stages", whole, resident, human_bytes))
+    bars.append(_bar("Loaded, swapped", whole, swapped, human_bytes))
     ratio = page.evaluation.ratio(dense, pruned)
     reached = ratio.speedup / ratio.macs_with_attention
     caption = (
         "Shorter is better. A step runs one stage, but a file holds them all: that is why storage "
-        "can grow while every step computes less. "
+        "can grow while every step computes less. Swapped, one stage is on the device at a time. "
         f"Time fell by {ratio.speedup:.2f}× where MACs fell by {ratio.macs_with_attention:.2f}×: "
         f"{reached:.0%} of what the arithmetic allows, the whole pipeline timed."
     )

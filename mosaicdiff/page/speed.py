@@ -1,84 +1,89 @@
-"""What `mosaicdiff bench --json` measured, as tables, and where the time goes as bars."""
+"""What `mosaicdiff bench` measured of the denoiser: rows, and where the time goes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import fields
 
-from .data import Page
+from ..evaluate.bench import BenchRow
+from ..evaluate.spent import TimeSpent
+from ..quantities import human_bytes, human_count
+from .data import Bench, Page
 from .markup import Markup, element
+from .spent_bars import PART_CLASSES, SpentBar, spent_chart
+from .svg import both_widths
 from .tables import data_table
+
+_COLUMNS = (
+    "Network", "Mode", "Batch", "Steps", "Time of a call", "Time an image", "MACs of a call",
+    "Speed-up", "Fewer MACs", "Efficiency", "Over eager dense", "Peak memory",
+)  # fmt: skip
 
 
 def speed_section(page: Page) -> Markup | None:
-    """Return the benchmark's rows; None where there is no benchmark.
-
-    Whatever list of rows the file holds becomes a table, whatever single values become another.
-    """
-    if page.bench is None:
+    """Return the benchmark's table and bars; None where there is no benchmark."""
+    bench = page.bench
+    if bench is None:
         return None
-    singles = [
-        [_title(name), write(value)] for name, value in page.bench.items() if not _nested(value)
-    ]
-    tables = []
-    for name, value in page.bench.items():
-        rows = _rows_of(value)
-        if rows:
-            tables.append(_table(_title(name), rows))
+    caption = (
+        f"The denoiser of {bench.model} without the rest of its pipeline, dense and pruned timed "
+        "in turn in each mode of execution. Efficiency is the speed-up in a mode over the ratio "
+        "of MACs: 1 is what the arithmetic allows."
+    )
+    machine = ", ".join(f"{name} {value}" for name, value in bench.machine.items())
     return element(
         "section",
-        element("h2", "Speed of the denoiser alone"),
-        element(
-            "p",
-            "Dense and pruned timed call by call in turn, in the same way of execution. Efficiency "
-            "is the speed-up over the ratio of MACs: 1 is what the arithmetic allows.",
-            class_="caption",
+        element("h2", "Speed of the denoiser"),
+        element("p", caption, class_="caption"),
+        _spent(bench),
+        data_table(
+            "Every mode, batch size and number of steps",
+            _COLUMNS,
+            [_cells(row) for row in bench.rows],
+            texts=2,
+            classes=[row.network for row in bench.rows],
         ),
-        data_table("What was timed", ["", ""], singles, texts=2) if singles else None,
-        *tables,
+        element("p", machine, class_="note"),
         id="speed",
     )
 
 
-def write(value: Any) -> str:
-    """Write one value of a benchmark: numbers in four figures, a dash for nothing."""
-    if value is None:
-        return "–"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return str(value)
-
-
-def _rows_of(value: Any) -> list[Mapping[str, Any]]:
-    """Return the rows that a value is, or none."""
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return [row for row in value if isinstance(row, Mapping)]
-    if isinstance(value, Mapping):
-        if value and all(isinstance(inner, Mapping) for inner in value.values()):
-            return [{"": key} | dict(inner) for key, inner in value.items()]
-        return [value]
-    return []
-
-
-def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Markup:
-    keys = [
-        key
-        for key in dict.fromkeys(key for row in rows for key in row)
-        if not any(_nested(row.get(key)) for row in rows)
+def _cells(row: BenchRow) -> list[str]:
+    return [
+        row.network,
+        row.mode,
+        f"{row.batch_size:,}",
+        f"{row.steps:,}",
+        f"{row.milliseconds:,.2f} ms",
+        f"{row.milliseconds_per_image:,.1f} ms",
+        human_count(row.macs_with_attention),
+        _times(row.speedup),
+        _times(row.macs_ratio),
+        f"{row.efficiency:.3f}" if row.network == "pruned" else "–",
+        f"{row.over_eager:.2f}×",
+        "–" if row.peak_bytes is None else human_bytes(row.peak_bytes),
     ]
-    texts = [key for key in keys if any(isinstance(row.get(key), str) for row in rows)]
-    ordered = [*texts, *(key for key in keys if key not in texts)]
-    cells = [[write(row.get(key)) for key in ordered] for row in rows]
-    return data_table(title, [_title(key) for key in ordered], cells, texts=max(len(texts), 1))
 
 
-def _nested(value: Any) -> bool:
-    return isinstance(value, (Mapping, list, tuple))
+def _times(value: float) -> str:
+    return "–" if value == 1 else f"{value:.2f}×"
 
 
-def _title(key: str) -> str:
-    return key.replace("_", " ")
+def _spent(bench: Bench) -> Markup | None:
+    if not bench.spent:
+        return None
+    names = [field.name for field in fields(TimeSpent)]
+    bars = [
+        SpentBar(f"{network}, {mode}", [getattr(spent, name) for name in names])
+        for mode, network, spent in bench.spent
+    ]
+    keys = [
+        element("li", element("i", class_=f"key {style}"), name)
+        for name, style in zip(names, PART_CLASSES, strict=True)
+    ]
+    return element(
+        "figure",
+        element("h3", "Where the time of a call goes, in milliseconds"),
+        both_widths(lambda width: spent_chart(bars, names, width)),
+        element("ul", *keys, class_="legend"),
+        class_="drawing",
+    )

@@ -1,12 +1,15 @@
 """A report of a tiny model, made by the real engine."""
 
 import copy
+import json
 
 import pytest
 
 import mosaicdiff
 from mosaicdiff.evaluate import compare
+from mosaicdiff.evaluate.bench import bench_modes
 from mosaicdiff.page import make_page, read_networks, render
+from mosaicdiff.page.bench_file import bench_from_dict
 
 from ..conftest import tiny_batches, tiny_denoiser, tiny_pipeline
 
@@ -30,6 +33,20 @@ def pair():
 @pytest.fixture(scope="session")
 def evaluation(pair):
     return compare(*pair, num_images=14, steps=2, batch_size=14, guidance_scales=(1.0, 2.0))
+
+
+@pytest.fixture(scope="session")
+def timed(pair):
+    """What `bench --json` prints of it."""
+    dense, pruned = pair
+    staged = pruned.transformer
+    report = bench_modes("tiny", dense.transformer, staged, pruned.scheduler, repeats=1)
+    return json.loads(json.dumps(report.to_dict()))
+
+
+@pytest.fixture(scope="session")
+def bench(timed):
+    return bench_from_dict(timed)
 
 
 @pytest.fixture(scope="session")

@@ -59,13 +59,12 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def report(page, tmp_path_factory):
+def report(page, bench, tmp_path_factory):
     """The page on disk, with long values that would break a careless layout."""
     setting = page.evaluation.setting
     long = "a prompt that goes on and on, " * 12 + "x" * 120
     conditions = (long, *setting.conditions[1:])
     evaluation = replace(page.evaluation, setting=replace(setting, conditions=conditions))
-    bench = {"device": "cpu", "rows": [{f"column_{k}": k / 3 for k in range(14)}]}
     path = tmp_path_factory.mktemp("browser") / "report.html"
     name = "out/" + "a-model-with-a-long-name-" * 4
     write_page(make_page(name, page.networks, evaluation, bench=bench), path)
@@ -109,7 +108,7 @@ def test_it_opens_whole_and_quiet(browser, report, width, scheme):
         assert opened.said == [] and opened.loaded() == []
         figures = page.evaluate(FIGURES)
         drawings = [f for f in figures if f[0] == "svg"]
-        assert len(drawings) == 5, figures  # guidance, cost, stages, kept, errors
+        assert len(drawings) == 6, figures  # guidance, cost, stages, kept, errors, time
         assert len(figures) - len(drawings) == 6  # two sheets of one guidance, one picture in 4
         for name, wide, tall, drawn in figures:
             assert drawn and wide > 100 * (name == "svg") and tall > 30, (name, wide, tall)

@@ -37,7 +37,7 @@ def test_the_policy_allows_this_style_and_this_script_only(html):
         assert f"{tag}-src 'sha256-{digest}'" in policy
 
 
-def test_values_never_become_markup(page):
+def test_values_never_become_markup(page, bench):
     row = page.evaluation.setting
     setting = replace(
         row,
@@ -57,7 +57,8 @@ def test_values_never_become_markup(page):
     spoilt = replace(
         network, component=EVIL, kind=EVIL, layers=layers, stages=stages, config={EVIL: EVIL}
     )
-    bench = {EVIL: [{EVIL: EVIL}], "model": EVIL}
+    rows = tuple(replace(row, mode=EVIL) for row in bench.rows)
+    bench = replace(bench, model=EVIL, machine={EVIL: EVIL}, rows=rows)
     evil = render(make_page(EVIL, [spoilt, spoilt], evaluation, command=EVIL, bench=bench))
     tags = [tag for tag, _ in Reader(evil).tags]
     assert tags.count("script") == 1 and tags.count("img") == len(page.sheets)
@@ -132,19 +133,19 @@ def test_two_networks_have_sections_of_their_own(page):
     assert "Stages of transformer_2" in text and "What is kept of transformer" in text
 
 
-def test_a_benchmark_becomes_tables(page):
-    bench = {
-        "device": "cpu",
-        "rows": [
-            {"mode": "eager", "batch_size": 8, "speedup": 1.234, "note": None},
-            {"mode": "fused", "batch_size": 8, "speedup": 1.4, "exact": True},
-        ],
-        "shares": {"dense": {"attention": 0.25}, "pruned": {"attention": 0.5}},
-    }
+def test_a_benchmark_is_shown(page, bench):
     html = render(make_page("tiny", page.networks, page.evaluation, bench=bench))
     text = Reader(html).text
-    for value in ("Speed of the denoiser alone", "eager", "fused", "1.234", "0.25", "yes", "–"):
+    row = bench.rows[1]
+    assert row.network == "pruned" and f"{row.efficiency:.3f}" in text
+    for value in ("Speed of the denoiser", "eager", f"{row.milliseconds:,.2f} ms", "launches"):
         assert value in text
+    drawings = re.findall(r"<svg.*?</svg>", html, re.S)
+    (wide,) = [d for d in drawings if "Where the time" in d and 'class="wide"' in d]
+    rects = re.findall(r'<rect[^>]* width="([\d.]+)"[^>]*class="(part-\d)"', wide)
+    assert len(rects) == 5 * len(bench.spent)
+    longest = max(sum(float(w) for w, _ in rects[k : k + 5]) for k in range(0, len(rects), 5))
+    assert longest == pytest.approx(860 - 130 - 76, abs=0.1)
 
 
 def test_it_is_written_whole(page, tmp_path):

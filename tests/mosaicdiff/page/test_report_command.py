@@ -21,9 +21,9 @@ def folders(tmp_path_factory):
     return place / "pruned", place / "dense"
 
 
-def test_a_page_is_written(folders, tmp_path):
+def test_a_page_is_written(folders, timed, tmp_path):
     pruned, dense = folders
-    (tmp_path / "bench.json").write_text(json.dumps({"rows": [{"mode": "eager", "ms": 1.5}]}))
+    (tmp_path / "bench.json").write_text(json.dumps(timed))
     output = tmp_path / "report.html"
     values = run_json(
         "report", pruned, "--output", output, "--against", dense, *QUICK,
@@ -33,7 +33,7 @@ def test_a_page_is_written(folders, tmp_path):
     read = Reader(output.read_text())
     assert sum(tag == "img" for tag, _ in read.tags) == 4  # two models, two scales
     assert f"mosaicdiff report {pruned} --output {output}" in read.text
-    assert "--guidance-scale 1,2" in read.text and "eager" in read.text
+    assert "--guidance-scale 1,2" in read.text and "Efficiency" in read.text
     assert len(values["rows"]) == 4
     told = run("report", pruned, "--output", output, "--against", dense, *QUICK).output
     assert f"wrote {output}" in told and "kB" in told
@@ -60,7 +60,7 @@ def test_what_is_wrong_is_refused_first(folders, tmp_path):
         (None, "--bench must be a file, but there is none"),
         ("{", "--bench must be JSON"),
         ("[1]", "--bench must hold what `mosaicdiff bench --json` prints"),
-        ('{"error": "no"}', "--bench must hold what `mosaicdiff bench --json` prints"),
+        ('{"error": "no"}', "where this is missing or odd: 'device'"),
     ],
 )
 def test_a_bad_benchmark_is_refused(tmp_path, text, message):
