@@ -133,6 +133,23 @@ def measure_modes(
     ]
 
 
+def check_modes(modes: Sequence[str], device: torch.device) -> None:
+    """Refuse modes that are not there, before anything is loaded or timed.
+
+    Raises:
+        ValueError: none is given, or one is unknown.
+        RuntimeError: one needs a CUDA device, and the device is another.
+    """
+    for mode in modes or ("",):
+        if mode not in MODES:
+            raise ValueError(f"bench: mode must be one of {', '.join(MODES)}, got {mode!r}.")
+        if "graphs" in mode and device.type != "cuda":
+            raise RuntimeError(
+                f"bench: mode {mode} needs a CUDA device, got {device.type}. Leave it out, or pass "
+                "--device cuda."
+            )
+
+
 def mode_networks(
     dense: nn.Module, staged: StagedDenoiser, modes: Sequence[str]
 ) -> list[list[tuple[nn.Module, int]]]:
@@ -140,13 +157,11 @@ def mode_networks(
 
     All are around the same weights.
     """
-    for mode in modes:
-        if mode not in MODES:
-            raise ValueError(f"bench: mode must be one of {', '.join(MODES)}, got {mode!r}.")
+    check_modes(modes, leading_parameter(dense).device)
     stages = list(staged.stage_models)
     timesteps = [staged.division.stages[0].first]
     timesteps += [(stage.first + stage.last) // 2 for stage in staged.division.stages]
-    joins = Joins()
+    joins = Joins([dense, *stages])
     found = []
     for mode in modes:
         options = MODES[mode]

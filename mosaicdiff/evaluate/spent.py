@@ -19,7 +19,7 @@ _NORMS = ("norm",)
 #: Operators that compute nothing: their time is spent launching.
 _FREE = (
     "view", "as_strided", "transpose", "permute", "select", "slice", "split", "unbind", "expand",
-    "reshape", "empty", "narrow", "unsqueeze", "squeeze", "::t", "chunk", "detach", "alias",
+    "reshape", "empty", "narrow", "unsqueeze", "squeeze", "chunk", "detach", "alias",
     "unflatten", "flatten", "resolve", "result_type", "set_", "resize",
 )  # fmt: skip
 
@@ -88,7 +88,8 @@ def kind_of(operator: str) -> str:
     for kind, parts in (("attention", _ATTENTION), ("norms", _NORMS), ("products", _PRODUCTS)):
         if any(part in name for part in parts):
             return kind
-    return "free" if any(part in name for part in _FREE) else "rest"
+    free = name == "aten::t" or any(part in name for part in _FREE)
+    return "free" if free else "rest"
 
 
 def mean_spent(parts: Sequence[TimeSpent], weights: Sequence[float]) -> TimeSpent:

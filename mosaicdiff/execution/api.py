@@ -16,12 +16,20 @@ from ..pack import twin
 from ..runtime import StagedDenoiser
 from ..sources import find_denoisers
 from .dit import fuse_dit
+from .flux import fuse_flux
 from .fusion import Fusion
 from .network import Network
 from .products import Joins
+from .sd3 import fuse_sd3
+from .unet import fuse_unet
 
 #: How to fuse a denoiser, by its class in diffusers.
-FUSIONS: dict[str, Callable[[Any, Joins], Fusion]] = {"DiTTransformer2DModel": fuse_dit}
+FUSIONS: dict[str, Callable[[Any, Joins], Fusion]] = {
+    "DiTTransformer2DModel": fuse_dit,
+    "SD3Transformer2DModel": fuse_sd3,
+    "FluxTransformer2DModel": fuse_flux,
+    "UNet2DConditionModel": fuse_unet,
+}
 
 
 class Execution:
@@ -200,8 +208,9 @@ def _is_there(denoiser: nn.Module, stage: int) -> bool:
 def _execution(
     denoiser: Any, fuse: bool, options: dict[str, Any] | None, cuda_graphs: bool
 ) -> Execution:
-    joins = Joins()
-    networks = [_network(m, joins, fuse, options, cuda_graphs) for m in _models(denoiser)]
+    models = _models(denoiser)
+    joins = Joins(models)
+    networks = [_network(m, joins, fuse, options, cuda_graphs) for m in models]
     with torch.no_grad():
         execution = Execution(denoiser, networks, joins)
         try:

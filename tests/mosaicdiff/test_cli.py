@@ -111,9 +111,14 @@ def test_evaluate(pruned, tmp_path):
 def test_bench_of_a_folder(pruned):
     output, _ = pruned
     values = run_json("bench", output, "--repeats", 2)
-    assert [row["name"] for row in values["stages"]] == ["early", "middle", "late"]
-    assert values["efficiency"] == pytest.approx(values["speedup"] / values["macs_ratio"])
-    assert "efficiency" in run("bench", output, "--repeats", 1).output
+    names = [stage["name"] for stage in values["latencies"][0]["stages"]]
+    assert names == ["early", "middle", "late"]
+    assert [(row["mode"], row["network"]) for row in values["rows"]] == [
+        (mode, network) for mode in ("eager", "fused") for network in ("dense", "pruned")
+    ]
+    shown = run("bench", output, "--repeats", 1, "--modes", "fused", "--steps", "10").output
+    for word in ("efficiency", "over eager", "spends its time", "resident", "fewer"):
+        assert word in shown
 
 
 def test_doctor():
