@@ -29,6 +29,8 @@ from .state import check_state_file, fingerprint, load_state, save_state
 _KEPT, _KEPT_BYTES = 100, 1 << 27
 #: Pictures in d features below which the distance is mostly bias, as a multiple of d.
 _FEW = 2
+#: Batches from which a median of their times means something.
+_TIMED = 5
 
 
 @dataclass
@@ -169,7 +171,8 @@ def compare(
     if state is not None:
         state.unlink(missing_ok=True)
     rows = mark_best(rows, metrics)
-    notes = _notes(num_images, reference, draws_video(dense))
+    batches = -(-num_images // batch_size)
+    notes = _notes(num_images, batches, reference, draws_video(dense))
     return Evaluation(
         rows=rows,
         metrics=metrics,
@@ -260,7 +263,9 @@ def _edge_notes(
     )
 
 
-def _notes(num_images: int, reference: Reference | None, video: bool) -> tuple[str, ...]:
+def _notes(
+    num_images: int, batches: int, reference: Reference | None, video: bool
+) -> tuple[str, ...]:
     """Say what has to be known to read the figures."""
     notes = []
     if reference is not None:
@@ -278,6 +283,11 @@ def _notes(num_images: int, reference: Reference | None, video: bool) -> tuple[s
             notes.append(
                 f"Precision and recall are left out: {reference.name} holds statistics only."
             )
+    if batches < _TIMED:
+        notes.append(
+            f"Seconds are the median of {batches} batches, which is rough: time it by "
+            "`mosaicdiff bench`, or take more batches on a machine that does nothing else."
+        )
     if video:
         notes.append("Of videos, every frame counts as a picture.")
     return tuple(notes)
