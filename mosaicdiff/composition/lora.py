@@ -11,6 +11,7 @@ from torch import nn
 
 from ..groups import Denoiser
 from ..model_checks import check_not_optimized
+from ..pack import StandIn
 from ..runtime import StagedDenoiser
 from .lora_file import LoraSource, pairs_of, read_lora
 from .lora_slice import KeptParts, LoraPair, kept_parts
@@ -65,7 +66,8 @@ class LoadedLoras:
         for module, pairs in by_module.items():
             for stage in range(len(staged.stage_models)):
                 parts = stage_parts(staged, stage, module, shapes[module])
-                if 0 in parts.shape(shapes[module])[:2]:
+                gone = 0 in parts.shape(shapes[module])[:2]
+                if gone or _stood_for(staged.stage_models[stage], module):
                     continue  # nothing of it is left in this stage
                 weight = self._weight(stage, module)
                 key = (weight.data_ptr(), weight.shape, weight.stride())
@@ -84,6 +86,20 @@ class LoadedLoras:
         owner: Any = self._staged.stage_models[stage].get_submodule(module)
         weight: torch.Tensor = owner.weight.detach()
         return weight
+
+
+def _stood_for(stage: nn.Module, name: str) -> bool:
+    """Tell whether a module lay in a layer of which only biases are left."""
+    parents = name.split(".")
+    places = (".".join(parents[:depth]) for depth in range(1, len(parents)))
+    return any(isinstance(_found(stage, place), StandIn) for place in places)
+
+
+def _found(stage: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return stage.get_submodule(name)
+    except AttributeError:
+        return None
 
 
 def load_lora(
