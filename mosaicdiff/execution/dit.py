@@ -21,6 +21,7 @@ from ..pack import BiasOnly
 from .attention import SelfAttention
 from .fusion import Fusion
 from .products import EqualModules, JoinedLinear, Joins, group_equal
+from .shared import modulated
 
 #: Shift, scale and gate of attention, then of the FFN.
 _PARTS = 6
@@ -157,7 +158,7 @@ class _FusedDiT:
         for block, (embedder, place) in zip(model.transformer_blocks, self._places, strict=True):
             stream = block(stream, modulation=found[embedder][0][place])
         shift, scale = found[0][1]
-        stream = _modulated(model.norm_out, stream, shift, 1 + scale)
+        stream = modulated(model.norm_out, stream, shift, 1 + scale)
         stream = model.proj_out_2(stream)
         rows, tokens, _ = stream.shape
         side, patch, channels = math.isqrt(tokens), model.patch_size, model.out_channels
@@ -194,12 +195,12 @@ class _FusedBlock:
         if self._attend is None:
             change = _bias(self._attention, hidden_states)
         else:
-            change = self._attend.forward(_modulated(self._norm1, hidden_states, shift, scale))
+            change = self._attend.forward(modulated(self._norm1, hidden_states, shift, scale))
         stream = torch.addcmul(hidden_states, gate, change)
         if isinstance(self._ff, BiasOnly):
             change = _bias(self._ff, stream)
         else:
-            inner = self._first(_modulated(self._norm3, stream, shift_ff, scale_ff))
+            inner = self._first(modulated(self._norm3, stream, shift_ff, scale_ff))
             change = self._last(inner)
         return torch.addcmul(stream, gate_ff, change)
 
@@ -223,13 +224,3 @@ class _FusedBiases:
 
 def _bias(stand_in: Any, like: torch.Tensor) -> torch.Tensor:
     return like.new_zeros(1) if stand_in.bias is None else stand_in.bias
-
-
-def _modulated(
-    norm: nn.LayerNorm, stream: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor
-) -> torch.Tensor:
-    """Norm the tokens, then scale and shift them by sample: (B, T, C) by (B, 1, C) or (C,)."""
-    if shift.ndim == 1 and not norm.elementwise_affine:
-        # Of one sample, that is what the norm itself does: one operation instead of two.
-        return functional.layer_norm(stream, norm.normalized_shape, scale, shift, norm.eps)
-    return torch.addcmul(shift, norm(stream), scale)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from .fusion import Forward, Fusion
 from .graphs import GraphRunner
+from .shared import OncePerCall
 
 
 class Network:
@@ -31,8 +32,11 @@ class Network:
             fusion.held += product.places
         own = types.MethodType(type(model).forward, model)
         forward: Forward = fusion.forward or own
+        if fusion.once:
+            forward = _OneCall(forward, fusion.once).forward
         self.run: Forward = forward if compile is None else _compiled(forward, compile)
         self._graphs = GraphRunner(self.run) if cuda_graphs else None
+        self._joined: list[int] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Who compiles this from outside watches the tensors by guards of its own.
@@ -45,6 +49,11 @@ class Network:
                 return self._graphs(*args, **kwargs)
         return self.run(*args, **kwargs)
 
+    @property
+    def forwards(self) -> list[tuple[nn.Module, Forward]]:
+        """Modules and what runs in the place of their own `forward`, the network itself last."""
+        return [*self.fusion.forwards, (self._model, self)]
+
     def refresh(self) -> bool:
         """Follow weights that were moved or replaced; whether any was.
 
@@ -54,7 +63,11 @@ class Network:
         changed = False
         self.fusion.check_held()
         for product in self.fusion.products:
-            changed = product.refresh() or changed
+            product.refresh()
+        # Counted, since another stage may have joined again what this one shares.
+        joined = [product.joined for product in self.fusion.products]
+        if joined != self._joined:
+            changed, self._joined = True, joined
         for equal in self.fusion.equal:
             if not equal.unchanged():
                 changed = True
@@ -65,10 +78,21 @@ class Network:
                     )
         return changed
 
-    def release(self) -> None:
-        """Let go of joined tensors and graphs, of a stage that is put away."""
+    @property
+    def captures(self) -> bool:
+        """Whether it is run as CUDA graphs."""
+        return self._graphs is not None
+
+    def release(self, follower: Network | None = None) -> None:
+        """Let go of joined tensors and graphs, of a stage that is put away.
+
+        Args:
+            follower: the stage that comes; what it uses too stays.
+        """
+        kept = [] if follower is None else follower.fusion.products
         for product in self.fusion.products:
-            product.release()
+            if not any(product is other for other in kept):
+                product.release()
         if self._graphs is not None:
             self._graphs.clear()
 
@@ -83,6 +107,26 @@ class Network:
                 "optimize: fused execution gives parameters no gradients, but they are asked for. "
                 "Call it inside torch.no_grad(), as pipelines do, or mosaicdiff.restore."
             )
+
+
+class _OneCall:
+    """Run a forward, and let go of what was computed once for all of it.
+
+    Args:
+        forward: of a network.
+        once: what its modules ask.
+    """
+
+    def __init__(self, forward: Forward, once: Sequence[OncePerCall]) -> None:
+        self._forward, self._once = forward, once
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run it."""
+        try:
+            return self._forward(*args, **kwargs)
+        finally:
+            for found in self._once:
+                found.clear()
 
 
 def _compiled(forward: Forward, options: dict[str, Any]) -> Callable[..., Any]:

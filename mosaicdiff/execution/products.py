@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ class JoinedLinear:
         ]
         self._tied = tied
         self._seen: list[int] = []
+        #: How often the weights were joined: who captured them compares.
+        self.joined = 0
         self.weight: torch.Tensor | None = None
         self.bias: torch.Tensor | None = None
         for _, name, linear in self.places:
@@ -87,6 +89,7 @@ class JoinedLinear:
 
     def _join(self) -> None:
         linears = self._linears()
+        self.joined += 1
         for _, name, linear in self.places:
             _check_plain(name, linear)
         self.weight = self._joined([linear.weight for linear in linears])
@@ -110,25 +113,56 @@ class JoinedLinear:
 
 
 class Joins:
-    """Make the joined linears of networks that share some of them.
+    """Make the joined linears of networks that share weights.
 
-    What is asked for twice is made once. A linear that is in one joined linear already is copied
+    What is asked for twice is made once. A weight that is in one joined linear already is copied
     into a second.
+
+    Args:
+        networks: that run the linears: a dense one, or stages that share modules.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, networks: Sequence[nn.Module] = ()) -> None:
         self._made: dict[tuple[int, ...], JoinedLinear] = {}
         self._taken: set[int] = set()
+        self._shared: dict[Any, Any] = {}
+        self._users: dict[int, tuple[int, ...]] = {}
+        for number, network in enumerate(networks):
+            for parameter in network.parameters():
+                self._users[id(parameter)] = (*self._users.get(id(parameter), ()), number)
 
     def linear(self, places: Sequence[Place]) -> JoinedLinear:
         """Return the joined linear of these places."""
-        linears = [owner._modules[name] for owner, name in places]
-        key = tuple(id(linear) for linear in linears)
+        linears: list[Any] = [owner._modules[name] for owner, name in places]
+        key = tuple(id(getattr(linear, "weight", linear)) for linear in linears)
         if key not in self._made:
             tied = self._taken.isdisjoint(key)
             self._made[key] = JoinedLinear(places, tied)
             self._taken.update(key)
         return self._made[key]
+
+    def partition(self, places: Sequence[Place]) -> list[list[int]]:
+        """Sort linears by the networks that run them: those of a group may be joined.
+
+        Returns:
+            Indices into `places`, in groups.
+        """
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for index, (owner, name) in enumerate(places):
+            linear: Any = owner._modules[name]
+            users = self._users.get(id(getattr(linear, "weight", None)), ())
+            groups.setdefault(users, []).append(index)
+        return list(groups.values())
+
+    def shared(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """Return what networks share that hold the same modules, made for the first.
+
+        Args:
+            key: a name, and the identities of the modules.
+        """
+        if key not in self._shared:
+            self._shared[key] = make()
+        return self._shared[key]
 
     @property
     def made(self) -> list[JoinedLinear]:
