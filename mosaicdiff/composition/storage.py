@@ -34,7 +34,7 @@ def cast_layerwise(
 
     Layers go by their names in the stage, so that the same ones are left out as of the dense one.
     """
-    done: set[int] = set()
+    chosen: dict[int, nn.Module] = {}
     for stage in stages:
         patterns = set(DEFAULT_SKIP_MODULES_PATTERN if skip_patterns is None else skip_patterns)
         patterns |= set(stage._keep_in_fp32_modules or ())
@@ -42,16 +42,32 @@ def cast_layerwise(
 
         def visit(module: nn.Module, name: str, patterns: set[str] = patterns) -> None:
             skipped = skip_classes is not None and isinstance(module, skip_classes)
-            if skipped or id(module) in done or any(re.search(p, name) for p in patterns):
+            if skipped or any(re.search(pattern, name) for pattern in patterns):
                 return
             if isinstance(module, _GO_LC_SUPPORTED_PYTORCH_LAYERS):
-                done.add(id(module))
-                apply_layerwise_casting_hook(module, storage_dtype, compute_dtype, non_blocking)
+                chosen[id(module)] = module
                 return
             for leaf, child in module.named_children():
                 visit(child, f"{name}.{leaf}" if name else leaf)
 
         visit(stage, "")
+    _own_parameters(stages, chosen)
+    for module in chosen.values():
+        apply_layerwise_casting_hook(module, storage_dtype, compute_dtype, non_blocking)
+
+
+def _own_parameters(stages: Sequence[nn.Module], chosen: dict[int, nn.Module]) -> None:
+    """Let nothing that is computed with as it is share a parameter with what is cast.
+
+    The bias that is left of a layer in one stage is that of the whole layer in another.
+    """
+    cast = {id(p) for module in chosen.values() for p in module.parameters(recurse=False)}
+    for stage in stages:
+        for module in stage.modules():
+            for name, parameter in module._parameters.items():
+                if id(module) not in chosen and id(parameter) in cast and parameter is not None:
+                    own = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+                    module._parameters[name] = own
 
 
 def quantize(model: Any, config: Any, filter_fn: Filter | None = None) -> None:
