@@ -84,6 +84,8 @@ def generate(
     steps: int | None,
     guidance_scale: float | None,
     seed: int,
+    lora: Path | None,
+    lora_scale: float,
     pipeline_option: tuple[str, ...],
     pipeline_config: str | None,
     stage_memory: str,
@@ -114,6 +116,10 @@ def generate(
     from ..sources import load_pipeline
 
     pipe = load_pipeline(model, pick_dtype(dtype, target), target, pipeline_config, stage_memory)
+    if lora is not None:
+        from ..composition.lora import load_lora
+
+        load_lora(pipe, lora, scale=lora_scale)
     conditions = _conditions(pipe, labels, prompts)
     _check_kind(output, draws_video(pipe), len(conditions))
     by_class = isinstance(conditions[0], int)
