@@ -11,8 +11,8 @@ from diffusers.hooks.hooks import CacheContext
 from torch import nn
 
 from ..groups import leading_parameter
-from ..model_checks import check_not_optimized
-from .caching import StageCaches
+from ..model_checks import EXECUTION, check_not_optimized
+from .caching import StageCaches, check_execution
 from .hindrances import check_plain_weights, check_resident
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Composed:
         only one: a loop of your own that makes two goes around each with `cache_context`.
 
         Args:
-            config: `FirstBlockCacheConfig`, `PyramidAttentionBroadcastConfig`,
+            config: `FirstBlockCacheConfig` (the one that goes on top of `optimize`), `PyramidAttentionBroadcastConfig`,
                 `TaylorSeerCacheConfig`; of one stage `MagCacheConfig` and `FasterCacheConfig` too.
 
         Raises:
@@ -67,7 +67,7 @@ class Composed:
                 "enable_cache: no cache must be on, got "
                 f"{type(self._caches.config).__name__}. Call disable_cache() first."
             )
-        check_not_optimized(self, "enable_cache")
+        check_execution(self.__dict__.get(EXECUTION), config)
         check_resident(self, "enable_cache")
         self._caches = StageCaches(list(self.stage_models), self.info.base_class, config)
         self._entered = None

@@ -15,7 +15,7 @@ from mosaicdiff.pipeline import cut
 
 from ..conftest import sample, tiny_denoiser, tiny_pipeline
 from ..tiny_pipelines import PIPELINES
-from .test_caching import pruned
+from .test_caching import broadcast, pruned
 
 
 def whole_blocks_gone():
@@ -106,7 +106,7 @@ def test_swapped_and_optimized_denoisers_are_refused():
     pipe = pruned()
     denoiser = pipe.transformer
     calls = {
-        "enable_cache": lambda: denoiser.enable_cache(FirstBlockCacheConfig()),
+        "enable_cache": lambda: denoiser.enable_cache(broadcast()),
         "enable_layerwise_casting": denoiser.enable_layerwise_casting,
         "load_lora": lambda: mosaicdiff.load_lora(pipe, {}),
         "unload_lora": lambda: mosaicdiff.unload_lora(pipe),
@@ -124,6 +124,27 @@ def test_swapped_and_optimized_denoisers_are_refused():
     denoiser.enable_cache(FirstBlockCacheConfig())
     with pytest.raises(ValueError, match="must be 'resident' while a cache is on, got 'swap'"):
         denoiser.set_stage_memory("swap")
+
+
+def test_first_block_cache_goes_on_top_of_fused_execution():
+    pipe = pruned()
+    expected = sample(pipe, 9)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(0.5))
+    cached = sample(pipe, 9)
+    with pytest.raises(ValueError, match="must be without hooks, but fbc_leader_block_hook"):
+        mosaicdiff.optimize(pipe)
+    pipe.transformer.disable_cache()
+    mosaicdiff.optimize(pipe)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(0.5))
+    assert error(pipe, cached) < 1e-5 < error(pipe, expected)
+    with pytest.raises(ValueError, match="restore: .* must be without hooks"):
+        mosaicdiff.restore(pipe)
+    pipe.transformer.disable_cache()
+    mosaicdiff.restore(pipe)
+    assert error(pipe, expected) == 0
+    mosaicdiff.optimize(pipe, compile=True)
+    with pytest.raises(ValueError, match="compiled and captured networks do not call"):
+        pipe.transformer.enable_cache(FirstBlockCacheConfig(0.5))
 
 
 def test_a_lora_is_optimized_afterwards():
