@@ -26,7 +26,7 @@ from .rows import RESULTS, provenance, upsert_row
 
 FILE = RESULTS / "composition.csv"
 KEY = ("model", "technique", "setting", "device", "threads")
-STEPS, PICTURES = 50, 64
+STEPS, PICTURES = 50, 16
 
 
 def sparse(sparsity: float) -> Any:

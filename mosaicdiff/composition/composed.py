@@ -56,8 +56,9 @@ class Composed:
         only one: a loop of your own that makes two goes around each with `cache_context`.
 
         Args:
-            config: `FirstBlockCacheConfig` (the one that goes on top of `optimize`), `PyramidAttentionBroadcastConfig`,
-                `TaylorSeerCacheConfig`; of one stage `MagCacheConfig` and `FasterCacheConfig` too.
+            config: `FirstBlockCacheConfig` (also on top of `mosaicdiff.optimize`),
+                `PyramidAttentionBroadcastConfig`, `TaylorSeerCacheConfig`; of one stage
+                `MagCacheConfig` and `FasterCacheConfig` too.
 
         Raises:
             ValueError: a cache is on already, or the technique does not work on this denoiser.
