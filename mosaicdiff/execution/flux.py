@@ -11,8 +11,9 @@ from .attention import refuse
 from .fusion import Fusion
 from .joint import FinalNorm, JointBlock, modulations_of
 from .joint_attention import FluxAttention, Rotary, signed
+from .once import OncePerCall
 from .products import Joins, Place
-from .shared import Modulations, OncePerCall, modulated
+from .shared import Modulations, modulated
 
 
 def fuse_flux(model: Any, joins: Joins) -> Fusion:

@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from .attention import check_attention, mix, refuse
 from .fusion import Fusion
+from .once import OncePerCall
 from .products import Joins
-from .shared import OncePerCall
 
 #: Cosines and sines of rotary embeddings, (T, D) each.
 Rotary = tuple[torch.Tensor, torch.Tensor]
