@@ -7,6 +7,7 @@ Importing this package also lets plain diffusers load what it saved.
 """
 
 from .allocation.budget import Budget
+from .composition.lora import expand_lora, load_lora, unload_lora
 from .config import PruneConfig
 from .execution import optimize, restore
 from .families import check_prunable
@@ -38,7 +39,9 @@ __all__ = [
     "calibrate",
     "check_prunable",
     "divide",
+    "expand_lora",
     "load_calibration_file",
+    "load_lora",
     "load_pipeline",
     "load_single_file",
     "load_single_file_pipeline",
@@ -49,6 +52,7 @@ __all__ = [
     "save_calibration",
     "save_single_file",
     "sweep",
+    "unload_lora",
 ]
 
 _install()

@@ -16,7 +16,8 @@ from .files import current_umask, whole_folder, write_text
 from .groups import Piece, PrunableLayer
 from .masked_storage import masked_parameters, store_masked
 from .pack import LeadingColumns, StandIn
-from .runtime import StagedDenoiser, StageInfo
+from .runtime import StagedDenoiser
+from .stage_state import StageInfo
 from .surgery import Surgeon
 
 FORMAT_VERSION = 3
@@ -83,18 +84,24 @@ def storage_of(
 
     Returns:
         Tensors by stored name; for each parameter of a pruned layer `union` (one tensor over the
-        groups that any stage keeps), `stage` (one for each stage) or `masked`; and, of the last
-        two, names that stand for an earlier stage's.
+        groups that any stage keeps), `stage` (one for each stage) or `masked`; and names that
+        stand for an earlier one's: of the last two, and of what is shared.
 
     Raises:
         ValueError: the stages no longer share what was not pruned, or a masked weight is not
             zero where it should be.
     """
+    with staged.whole_stages():
+        return _storage_of(staged)
+
+
+def _storage_of(
+    staged: StagedDenoiser,
+) -> tuple[dict[str, torch.Tensor], dict[str, str], dict[str, str]]:
     stages, info = list(staged.stage_models), staged.info
     surgeon = Surgeon(staged.adapter, info.layers)
     masked = masked_parameters(info)
-    tensors = _shared_tensors(stages, info.layers, masked)
-    aliases: dict[str, str] = {}
+    tensors, aliases = _shared_tensors(stages, info.layers, masked)
     storage = store_masked(info, stages, tensors, aliases)
     for layer in info.layers:
         kept = [kept_groups(info, k, layer) for k in range(len(stages))]
@@ -121,15 +128,19 @@ def storage_of(
 
 def _shared_tensors(
     stages: list[nn.Module], layers: tuple[PrunableLayer, ...], masked: tuple[str, ...]
-) -> dict[str, torch.Tensor]:
-    """Collect what no layer's width and no mask touches; it must be one tensor in all stages."""
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Collect what no layer's width and no mask touches; it must be one tensor in all stages.
+
+    Returns:
+        The tensors, and the names of parameters that are an earlier one's, of which they stand.
+    """
     own = {piece.parameter for layer in layers for piece in layer.pieces} | set(masked)
     shared: dict[str, torch.Tensor] = {}
     for stage in stages:
         # What stands for a layer, or goes around its norm, holds the layer's own.
         ours = (LeadingColumns, StandIn)
         inside = tuple(f"{n}." for n, m in stage.named_modules() if isinstance(m, ours))
-        for name, tensor in stage.state_dict().items():
+        for name, tensor in stage.state_dict(keep_vars=True).items():
             if name in own or name.startswith(inside):
                 continue
             if tensor.data_ptr() != shared.setdefault(name, tensor).data_ptr():
@@ -137,7 +148,14 @@ def _shared_tensors(
                     f"save_pretrained: {name} must be shared by all stages, but they hold "
                     "different tensors. Was a stage moved or trained alone?"
                 )
-    return {f"shared.{name}": tensor.contiguous() for name, tensor in shared.items()}
+    firsts: dict[int, str] = {}
+    aliases = {
+        f"shared.{name}": f"shared.{first}"
+        for name, tensor in shared.items()
+        if (first := firsts.setdefault(id(tensor), name)) != name
+    }
+    found = {f"shared.{n}": t.detach().contiguous() for n, t in shared.items()}
+    return {name: t for name, t in found.items() if name not in aliases}, aliases
 
 
 def kept_groups(info: StageInfo, stage: int, layer: PrunableLayer) -> torch.Tensor:

@@ -15,7 +15,8 @@ from .checkpoint import CONFIG, FORMAT_VERSION, REPORT, kept_groups, union_group
 from .groups import Piece, PrunableLayer
 from .masked_storage import MASKED, read_masked
 from .pack import LayerState, Parts
-from .runtime import MaskedState, StagedDenoiser, StageInfo, StageState
+from .runtime import StagedDenoiser
+from .stage_state import MaskedState, StageInfo, StageState
 from .trajectory.stages import Division, Stage
 
 
@@ -25,6 +26,8 @@ def load(path: str | Path, **kwargs: Any) -> StagedDenoiser:
     dtype = kwargs.pop("torch_dtype", kwargs.pop("dtype", None))
     variant = kwargs.pop("variant", None)
     device = _device(kwargs.pop("device_map", None))
+    memory = kwargs.pop("stage_memory", "resident")
+    first = device if memory == "resident" else torch.device("cpu")
     if kwargs.pop("quantization_config", None) is not None:
         raise ValueError(
             "StagedDenoiser: quantization_config must be None: a staged denoiser cannot be "
@@ -34,13 +37,14 @@ def load(path: str | Path, **kwargs: Any) -> StagedDenoiser:
     weights = folder / weights_name(variant)
     if not weights.is_file():
         raise ValueError(f"StagedDenoiser: {folder} must hold {weights.name}, but it does not.")
-    tensors = load_file(weights, device=str(device))
+    tensors = load_file(weights, device=str(first))
     dtype = torch.float32 if dtype is None else dtype
     tensors = cast(tensors, dtype, adapter_for_class(config["base"]["class"]))
     report = folder / REPORT
-    return assemble(
-        config, tensors, json.loads(report.read_text()) if report.is_file() else {}, device
-    )
+    values = json.loads(report.read_text()) if report.is_file() else {}
+    staged = assemble(config, tensors, values, first)
+    staged.set_stage_memory(memory)
+    return staged.to(device)
 
 
 def cast(
@@ -134,6 +138,8 @@ def assemble(
 ) -> StagedDenoiser:
     """Build the staged denoiser of a checkpoint's configuration and tensors, by stored name.
 
+    On the meta device it has their shapes only.
+
     Raises:
         ValueError: a tensor is missing.
     """
@@ -179,7 +185,7 @@ def assemble(
     ]
     staged = StagedDenoiser.assemble(base, info, states)
     missing = [name for name, p in staged.named_parameters() if p.is_meta]
-    if missing:
+    if missing and device.type != "meta":
         raise ValueError(f"StagedDenoiser: weights must hold {missing[0]}, but they do not.")
     return staged.to(device)
 
@@ -215,6 +221,11 @@ def _fill_base(
     prefix = "shared."
     state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     state |= whole_weights
+    tied = {
+        name.removeprefix(prefix): first.removeprefix(prefix)
+        for name, first in config["aliases"].items()
+        if name.startswith(prefix)
+    }
     for layer in info.layers:
         whole = [k for k in range(len(info.kept)) if layer.name not in info.kept[k]]
         if whole:
@@ -223,6 +234,9 @@ def _fill_base(
                     stored = _stored(piece.name, whole[0], config, tensors)
                     _put_piece(base, state, layer, piece, stored)
     base.load_state_dict(state, strict=False, assign=True)
+    for name, first in tied.items():
+        module, _, leaf = name.rpartition(".")
+        base.get_submodule(module)._parameters[leaf] = base.get_parameter(first)
     base.requires_grad_(False)
 
 

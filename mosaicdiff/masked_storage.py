@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .runtime import MaskedState, StageInfo
+from .stage_state import MaskedState, StageInfo
 
 #: How `storage` in config.json calls a parameter that some stage masks.
 MASKED = "masked"

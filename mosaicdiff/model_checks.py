@@ -32,6 +32,16 @@ _KNOWN_PROCESSORS = (
 )  # fmt: skip
 
 
+def check_not_optimized(denoiser: Any, caller: str) -> None:
+    """Refuse a denoiser in fused execution, whose forwards go past what `caller` would change.
+
+    Raises:
+        ValueError: it is in fused execution.
+    """
+    if EXECUTION in denoiser.__dict__:
+        raise ValueError(f"{caller}: model must not be optimized. Call mosaicdiff.restore first.")
+
+
 def check_state(
     denoiser: Any,
     processors: Collection[str] = (),

@@ -141,6 +141,25 @@ def shallow_clone(module: nn.Module) -> nn.Module:
     return clone
 
 
+def twin(module: nn.Module, made: dict[int, nn.Module] | None = None) -> nn.Module:
+    """Copy the objects of a module tree around the same parameters and buffers, without hooks.
+
+    Args:
+        made: twins by the identity of their originals, where several trees share modules.
+    """
+    made = {} if made is None else made
+    if id(module) not in made:
+        clone: Any = shallow_clone(module)
+        clone.__dict__.pop("forward", None)
+        for name, value in clone.__dict__.items():
+            if name.endswith("_hooks") and isinstance(value, dict):
+                value.clear()
+        made[id(module)] = clone
+        for name, child in clone._modules.items():
+            clone._modules[name] = None if child is None else twin(child, made)
+    return made[id(module)]
+
+
 def meta_copy(module: nn.Module) -> nn.Module:
     """Copy a module with its parameters and buffers on the meta device and without hooks."""
     clone: Any = shallow_clone(module)

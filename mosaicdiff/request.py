@@ -15,6 +15,7 @@ from .allocation.planning import Frame, effort_bounds, make_frame, share_plan
 from .config import PruneConfig
 from .groups import Denoiser, Macs, PrunableLayer, leading_parameter
 from .inputs.asked import CalibrationSource, read_asked, read_data, with_batch
+from .memory.ties import repeated_parameters
 from .patterns import check_patterns, is_chosen
 from .runtime import StagedDenoiser
 from .sources import (
@@ -281,6 +282,7 @@ def _check_reach(
         sum(p.numel() for p in denoiser.parameters()),
         parameter.element_size(),
         file_overhead=file_overhead(denoiser, len(frame.steps)),
+        repeated_params=repeated_parameters(denoiser, adapter.repeats),
         bias_per_stage=config.compensation == "affine",
         refitted=config.compensation != "none",
     )

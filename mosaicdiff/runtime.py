@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,52 +12,24 @@ from diffusers import ConfigMixin, ModelMixin
 from torch import nn
 
 from .adapters import Adapter, adapter_for_class
-from .groups import Macs, PrunableLayer
-from .pack import LayerState, make_linear
+from .composition.composed import Composed
+from .groups import Macs
+from .memory.swap import StageSwap
+from .memory.ties import equal_parameters, tie, tie_storages
+from .model_checks import EXECUTION
+from .pack import LayerState
+from .stage_state import MaskedState, StageInfo, StageState, masked_linear, refuse_masked
 from .surgery import Surgeon
 from .trajectory.clock import StageClock
 from .trajectory.stages import Division
 
-
-@dataclass(frozen=True)
-class MaskedState:
-    """A linear of one stage without some of its weights: mask (m, n) bool, True where kept.
-
-    The weight (m, n) is zero elsewhere; the bias stays the dense denoiser's.
-    """
-
-    mask: torch.Tensor
-    weight: torch.Tensor
+_GRAPHS = (
+    "{} must be 'resident' where CUDA graphs are captured, got {!r}: a graph knows weights by "
+    "their place, and swapped ones change it. Compile without them, or keep all stages resident."
+)
 
 
-#: What of one stage differs from the dense denoiser: layers and masked linears, by name.
-StageState = Mapping[str, LayerState | MaskedState]
-
-
-@dataclass
-class StageInfo:
-    """What a staged denoiser remembers of how it was made, and what a checkpoint holds."""
-
-    base_class: str
-    base_config: dict[str, Any]
-    division: Division
-    layers: tuple[PrunableLayer, ...]
-    #: For each stage, kept groups of every layer that is not whole.
-    kept: list[dict[str, torch.Tensor]]
-    #: Sampling steps of each stage in the plan.
-    steps: list[int]
-    prune_config: dict[str, Any]
-    report: dict[str, Any] = field(default_factory=dict)
-    source: str | None = None
-    #: For each stage, masks of the linears that single weights were removed from (bool, CPU).
-    masks: list[dict[str, torch.Tensor]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        if not self.masks:
-            self.masks = [{} for _ in self.kept]
-
-
-class StagedDenoiser(ModelMixin, ConfigMixin):
+class StagedDenoiser(Composed, ModelMixin, ConfigMixin):
     """Call like the denoiser it was made from; each stage runs a smaller dense sub-network.
 
     Attached to a scheduler (a pipeline does that by itself) it follows the sampler's steps on
@@ -80,6 +51,9 @@ class StagedDenoiser(ModelMixin, ConfigMixin):
         # diffusers leaves these out where it asks for the type of a model.
         self._keep_in_fp32_modules = sorted(self.adapter.float32_modules) or None
         self._clock = StageClock(info.division, time_scale(self.adapter, info.base_config))
+        #: Where the stages are in swap mode.
+        self.swap: StageSwap | None = None
+        self._captures_graphs = False
         self.register_to_config(**info.base_config)
 
     @classmethod
@@ -88,8 +62,9 @@ class StagedDenoiser(ModelMixin, ConfigMixin):
     ) -> StagedDenoiser:
         """Build the stages around a base denoiser, whose other modules they all share.
 
-        Stages that hold the same masked weight, the same tensor, share the linear. `info.masks`
-        becomes that of the states.
+        Stages that hold the same masked weight, the same tensor, share the linear; parameters
+        that the base holds several times (`Adapter.repeats`) become one. `info.masks` becomes
+        that of the states.
 
         Raises:
             ValueError: a linear is masked whose layer shrinks too.
@@ -98,22 +73,25 @@ class StagedDenoiser(ModelMixin, ConfigMixin):
         stages, masks = [], []
         linears: dict[tuple[str, int], nn.Module] = {}
         surgeon = Surgeon(adapter, info.layers)
+        twins = equal_parameters(base, adapter.repeats)
         states = list(states)  # held, so that no two tensors have one identity
         for state in states:
             smaller = {n: s for n, s in state.items() if isinstance(s, LayerState)}
             for layer in info.layers:
                 if layer.name in smaller:
-                    _refuse_masked(layer, state)
+                    refuse_masked(layer, state)
             builder = surgeon.build(base, smaller)
+            tie(builder, twins)
             masked = {n: s for n, s in state.items() if isinstance(s, MaskedState)}
             for name, masked_state in masked.items():
                 key = (name, id(masked_state.weight))
                 if key not in linears:
-                    linears[key] = _masked_linear(base, name, masked_state)
+                    linears[key] = masked_linear(base, name, masked_state)
                 builder.replace(name, linears[key])
             stages.append(builder.root)
             masks.append({name: s.mask.cpu() for name, s in masked.items()})
         info.masks = masks
+        tie_storages(base, stages)
         return cls(info, stages).eval()
 
     @property
@@ -129,12 +107,83 @@ class StagedDenoiser(ModelMixin, ConfigMixin):
         """
         return self.info.masks
 
+    @property
+    def stage_memory(self) -> str:
+        """Where the stages are: `resident`, all on the device, or `swap`, one at a time."""
+        return "resident" if self.swap is None else "swap"
+
+    def set_stage_memory(self, mode: str) -> None:
+        """Choose between speed and memory on the device; results are the same bits.
+
+        Args:
+            mode: `resident` has every stage's own layers on the device. `swap` has what all stages
+                share and one stage's layers there; the others are in the host's memory, writers
+                once for all stages, and are gathered from it where a stage begins.
+
+        Raises:
+            ValueError: the mode is another, or the stages capture CUDA graphs.
+        """
+        if mode not in ("resident", "swap"):
+            raise ValueError(
+                f"set_stage_memory: mode must be 'resident' or 'swap', got {mode!r}. "
+                "'swap' is for devices that do not hold all stages."
+            )
+        if mode == self.stage_memory:
+            return
+        if self.swap is not None:
+            self.swap.dissolve()
+            self.swap = None
+            return
+        execution = self.__dict__.get(EXECUTION)
+        networks = [] if execution is None else execution.networks
+        if self._captures_graphs or any(network.captures for network in networks):
+            raise ValueError(_GRAPHS.format("set_stage_memory: mode", mode))
+        for network in networks:
+            network.release()
+        surgeon = Surgeon(self.adapter, self.info.layers)
+        self.swap = StageSwap(list(self.stage_models), surgeon, self.info.kept)
+
+    def activate_stage(self, stage: int) -> None:
+        """Bring a stage onto the device in swap mode, as a call at its timesteps does.
+
+        Needed only before one of `stage_models` is called by itself.
+        """
+        swap, stage = self.swap, range(len(self.stage_models))[stage]
+        if swap is None or swap.active == stage:
+            return
+        execution = self.__dict__.get(EXECUTION)
+        if execution is not None:
+            swap.rejoined = True  # fused execution gives weights other memory
+            if swap.active is not None:
+                execution.networks[swap.active].release(execution.networks[stage])
+        swap.activate(stage)
+
+    def check_graphs(self, caller: str) -> None:
+        """Refuse to capture CUDA graphs in swap mode.
+
+        Raises:
+            ValueError: as said.
+        """
+        if self.swap is not None:
+            raise ValueError(_GRAPHS.format(f"{caller}: stage_memory", "swap"))
+
+    def whole_stages(self) -> AbstractContextManager[None]:
+        """Let every stage hold its values, for reading: in swap mode inactive ones on the host."""
+        return nullcontext() if self.swap is None else self.swap.gathered()
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the sub-network of the current stage; arguments and result are the original's."""
-        return self.stage_models[self._choose(args, kwargs)](*args, **kwargs)
+        stage = self._choose(args, kwargs)
+        self._enter(stage)
+        return self.stage_models[stage](*args, **kwargs)
 
     @torch.compiler.disable
     def _choose(self, args: tuple, kwargs: dict[str, Any]) -> int:
+        stage = self._stage_of_call(args, kwargs)
+        self.activate_stage(stage)
+        return stage
+
+    def _stage_of_call(self, args: tuple, kwargs: dict[str, Any]) -> int:
         if len(self.stage_models) == 1:
             return 0
         name, position = self.adapter.timestep_argument
@@ -159,18 +208,19 @@ class StagedDenoiser(ModelMixin, ConfigMixin):
         self._clock.detach()
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile every stage in place: one graph a stage, none for the choice between them."""
+        """Compile every stage in place: one graph a stage, none for the choice between them.
+
+        Raises:
+            ValueError: CUDA graphs are asked for in swap mode.
+        """
+        mode, options = kwargs.get("mode"), kwargs.get("options") or {}
+        captures = mode == "reduce-overhead" or bool(options.get("triton.cudagraphs"))
+        captures = captures or mode == "max-autotune"
+        if captures:
+            self.check_graphs("compile")
+        self._captures_graphs = captures
         for stage in self.stage_models:
             stage.compile(*args, **kwargs)
-
-    @contextmanager
-    def cache_context(self, name: str, **details: Any) -> Iterator[None]:
-        """Say to the hooks of every stage which call of a step comes; pipelines ask for it."""
-        with ExitStack() as stack:
-            for stage in self.stage_models:
-                context: Any = stage.cache_context
-                stack.enter_context(context(name, **details))
-            yield
 
     def __getattr__(self, name: str) -> Any:
         """Return what no stage has a part of its own of: pipelines read `add_embedding` and such.
@@ -191,9 +241,34 @@ class StagedDenoiser(ModelMixin, ConfigMixin):
                 return first
             raise
 
+    def _apply(self, fn: Any, recurse: bool = True) -> StagedDenoiser:
+        """Move or cast; in swap mode one stage moves, and the bank only changes its type."""
+        with nullcontext() if self.swap is None else self.swap.resting():
+            super()._apply(fn, recurse)
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the state; refused in swap mode, where inactive stages are empty."""
+        self._refuse_swapped("state_dict")
+        return super().state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Load a state; refused in swap mode, where inactive stages are empty."""
+        self._refuse_swapped("load_state_dict")
+        return super().load_state_dict(*args, **kwargs)
+
+    def _refuse_swapped(self, function: str) -> None:
+        if self.swap is not None:
+            raise ValueError(
+                f"{function}: stage_memory must be 'resident', got 'swap', in which only one "
+                "stage's layers are there. Call set_stage_memory('resident') first; "
+                "save_pretrained works in both."
+            )
+
     def macs(self) -> list[Macs]:
         """Count the MACs of one call for one sample, for each stage."""
-        return [self.adapter.macs(stage) for stage in self.stage_models]
+        with nullcontext() if self.swap is None else self.swap.shapes():
+            return [self.adapter.macs(stage) for stage in self.stage_models]
 
     def mean_macs(self, counts: Sequence[Macs] | None = None) -> tuple[float, float]:
         """Average over the plan's steps: (without, with) attention products.
@@ -240,8 +315,8 @@ class StagedDenoiser(ModelMixin, ConfigMixin):
 
         Args:
             path: folder, or Hub id.
-            kwargs: `subfolder`, `torch_dtype`, `variant`, `device_map`, `revision`, `token`,
-                `cache_dir`, `local_files_only`.
+            kwargs: `stage_memory` (as of `set_stage_memory`), `subfolder`, `torch_dtype`,
+                `variant`, `device_map`, `revision`, `token`, `cache_dir`, `local_files_only`.
 
         Raises:
             ValueError: the folder holds no staged denoiser, or one of another version.
@@ -263,25 +338,3 @@ def time_scale(adapter: Adapter, config: Mapping[str, Any]) -> float:
     if stated is not None:
         return float(stated)
     return 1.0 if adapter.sigma_scale is None else adapter.sigma_scale / 1000
-
-
-def _refuse_masked(layer: PrunableLayer, state: StageState) -> None:
-    for name in layer.modules:
-        if name in state:
-            raise ValueError(
-                f"StagedDenoiser: {name} must not be masked where {layer.name} shrinks, got both. "
-                "Remove groups or single weights of a layer, not both."
-            )
-
-
-def _masked_linear(base: nn.Module, name: str, state: MaskedState) -> nn.Module:
-    """Make the linear of a masked weight, with the dense one's own bias parameter."""
-    dense: Any = base.get_submodule(name)
-    if not state.weight.shape == state.mask.shape == dense.weight.shape:
-        raise ValueError(
-            f"StagedDenoiser: weight and mask of {name} must be {tuple(dense.weight.shape)}, got "
-            f"{tuple(state.weight.shape)} and {tuple(state.mask.shape)}."
-        )
-    linear = make_linear(state.weight, dense.bias)
-    linear.register_parameter("bias", dense.bias)  # itself: it stays shared when moved or trained
-    return linear

@@ -29,6 +29,7 @@ def load_pipeline(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     config: str | Path | None = None,
+    stage_memory: str = "resident",
 ) -> DiffusionPipeline:
     """Load `digits`, a local diffusers folder, a Hub id or a single file, dense or staged.
 
@@ -38,10 +39,30 @@ def load_pipeline(
         device: where they go.
         config: of a single file, folder or Hub id of its pipeline; see
             `load_single_file_pipeline`.
+        stage_memory: of a pruned model, as of `StagedDenoiser.set_stage_memory`; with `swap` the
+            device never holds all stages, not even while loading.
 
     Raises:
-        ValueError: there is no such model, or the folder holds no pipeline.
+        ValueError: there is no such model, or the folder holds no pipeline, or `stage_memory` is
+            for a model with stages and this has none.
     """
+    if stage_memory == "resident":
+        return _load(model, dtype, device, config)
+    pipe = _load(model, dtype, "cpu", config)
+    staged = [c for c in pipe.components.values() if isinstance(c, StagedDenoiser)]
+    if not staged:
+        raise ValueError(
+            f"load_pipeline: stage_memory must be 'resident' for a dense model, got "
+            f"{stage_memory!r} for {str(model)!r}. Prune it first."
+        )
+    for denoiser in staged:
+        denoiser.set_stage_memory(stage_memory)
+    return pipe.to(device)
+
+
+def _load(
+    model: str | Path, dtype: torch.dtype, device: str | torch.device, config: str | Path | None
+) -> DiffusionPipeline:
     path = digits.MODEL_FOLDER if str(model) == DIGITS else Path(model)
     if path.suffix in (".safetensors", *_PICKLED):
         return load_single_file_pipeline(path, config, dtype, device)

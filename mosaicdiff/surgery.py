@@ -35,8 +35,12 @@ class Surgeon:
         self._adapter, self._layers = adapter, {layer.name: layer for layer in layers}
         #: For each parameter that several layers lie in, their runs in order.
         self._runs: dict[str, list[tuple[int, PrunableLayer, Piece, int]]] = defaultdict(list)
+        #: For each parameter, the pieces along whose groups it is cut.
+        self._pieces: dict[str, list[tuple[PrunableLayer, Piece]]] = {}
         for layer in layers:
             for piece in layer.pieces:
+                if piece.axis is not None:
+                    self._pieces.setdefault(piece.parameter, []).append((layer, piece))
                 if piece.partial and piece.axis is not None:
                     for number, start in enumerate(piece.starts):
                         self._runs[piece.parameter].append((start, layer, piece, number))
@@ -165,6 +169,46 @@ class Surgeon:
             if other.name == layer.name:
                 found.append(tensor.narrow(axis, cursor, length))
         return found[0] if len(found) == 1 else torch.cat(found, axis)
+
+    def positions(
+        self, parameter: str, kept: Mapping[str, torch.Tensor], lengths: Sequence[int]
+    ) -> tuple[int, torch.Tensor] | None:
+        """Return where in the dense parameter what a stage holds of it lies.
+
+        Args:
+            parameter: of the denoiser.
+            kept: groups of every layer that is not whole in the stage.
+            lengths: shape of what the stage holds.
+
+        Returns:
+            The axis, and the indices along it in the stage's order; None where no layer's width
+            touches the parameter.
+        """
+        pieces = self._pieces.get(parameter)
+        if pieces is None:
+            return None
+        axis = pieces[0][1].axis or 0
+        runs = self._runs.get(parameter)
+        if runs is None:
+            layer, piece = pieces[0]
+            return axis, _indices(layer, piece, kept).flatten()
+        found, cursor = [], 0
+        for start, layer, piece, number in runs:
+            found.append(torch.arange(cursor, start))
+            offset = piece.starts[number] - number * layer.columns_of_groups
+            found.append(_indices(layer, piece, kept)[number] + offset)
+            cursor = start + layer.columns_of_groups
+        rest = lengths[axis] - sum(len(part) for part in found)
+        return axis, torch.cat([*found, torch.arange(cursor, cursor + rest)])
+
+
+def _indices(layer: PrunableLayer, piece: Piece, kept: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return where in a whole piece the values of a stage are, a row a run."""
+    count = len(piece.starts)
+    length = count * layer.columns_of_groups
+    if layer.name not in kept:
+        return torch.arange(length).reshape(count, -1)
+    return layer.indices(piece, kept[layer.name], length).reshape(count, -1)
 
 
 def reader_biases(layer: PrunableLayer, state: LayerState) -> list[torch.Tensor | None]:

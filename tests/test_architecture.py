@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = ("mosaic_kernels", "mosaicdiff")
 #: The parts of mosaicdiff that touch diffusers; mathematics takes tensors and numbers.
 KNOW_DIFFUSERS = (
-    "adapters", "checkpoint.py", "checkpoint_load.py", "evaluate", "execution",
+    "adapters", "checkpoint.py", "checkpoint_load.py", "composition", "evaluate", "execution",
     "families.py",
     "integration.py", "pipeline.py",
     "request.py", "runtime.py", "single_file", "sources.py", "sweeping.py", "cli",

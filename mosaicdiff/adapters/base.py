@@ -46,6 +46,8 @@ class Adapter(ABC):
     processors: tuple[str, ...] = ()
     #: Whether key and value heads may be fewer than query heads.
     grouped_kv: bool = False
+    #: Patterns of modules that may be copies of each other: what is equal is held once.
+    repeats: tuple[str, ...] = ()
     #: Whether what dropping layers and blocks changes of the stream can be measured.
     watches_blocks: bool = False
 

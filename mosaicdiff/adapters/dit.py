@@ -59,6 +59,7 @@ class DiTAdapter(Family):
         ("proj_out*", "output head: its columns are the residual stream"),
     )
     timestep_argument = ("timestep", 1)
+    repeats = ("transformer_blocks.*.norm1.emb",)
     watches_blocks = True
     conditions = (Condition("class_labels", label="labels", whole_numbers=True),)
     block_kinds = (

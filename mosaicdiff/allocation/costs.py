@@ -37,6 +37,7 @@ class CostModel:
         dense_macs: of one call for one sample.
         dense_params: of the denoiser.
         element_bytes: of a parameter.
+        repeated_params: of the denoiser's, those that are copies of others, stored once.
         file_overhead: bytes of the weights file beside the tensors, about.
         bias_per_stage: whether each stage has its own reader's bias (affine compensation).
         refitted: whether each stage has its own reader's weight; without compensation all stages
@@ -53,6 +54,7 @@ class CostModel:
     dense_params: int
     element_bytes: int
     file_overhead: int = 0
+    repeated_params: int = 0
     bias_per_stage: bool = False
     refitted: bool = True
     call_ms: tuple[np.ndarray, ...] | None = None
@@ -123,7 +125,7 @@ class CostModel:
 
     def _stored(self, removed: Removed, kept: Kept | None) -> tuple[int, int]:
         """Return parameters and kept indices of a checkpoint; see docs/checkpoint-format.md."""
-        params, indices = self.dense_params, 0
+        params, indices = self.dense_params - self.repeated_params, 0
         for i, (layer, size) in enumerate(zip(self.layers, self.sizes, strict=True)):
             counts = [layer.groups - row[i] for row in removed]
             whole = any(n == layer.groups for n in counts)

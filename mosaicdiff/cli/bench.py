@@ -1,7 +1,8 @@
-"""`mosaicdiff bench`: time of one denoiser call, dense against pruned."""
+"""`mosaicdiff bench`: time and memory of denoiser calls, dense beside pruned, in every mode."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,26 +22,39 @@ from .common import (
     pick_dtype,
     pipeline_config_option,
     print_json,
-    progress_bar,
+    told_progress,
 )
 
 if TYPE_CHECKING:
-    from ..evaluate import LatencyReport
+    from ..evaluate.bench import BenchReport
 
 
 @click.command(
     epilog=examples(
-        "mosaicdiff bench out/digits-30 --batch-size 64",
-        "mosaicdiff bench dit-xl-2 --sparsity 0.33",
+        "mosaicdiff bench out/digits-30 --batch-sizes 1,64",
+        "mosaicdiff bench dit-xl-2 --sparsity 0.33 --batch-sizes 4 --modes eager,fused",
+        "mosaicdiff bench sdxl --device cuda --modes eager,fused,compiled,graphs --json",
     )
 )
 @click.argument("model")
 @click.option("--against", help="The dense model.  [default: the one it was pruned from]")
-@click.option("--batch-size", default=2, show_default=True, help="Rows of one call.")
-@click.option("--steps", default=50, show_default=True, help="Steps of the plan (configurations).")
+@click.option(
+    "--modes",
+    default="eager,fused",
+    show_default=True,
+    help="How both are run: eager (as diffusers does), fused, compiled, graphs (CUDA), "
+    "compiled-graphs.",
+)
+@click.option("--batch-sizes", default="2", show_default=True, help="Rows of a call, e.g. 1,8,32.")
+@click.option(
+    "--steps", default="50", show_default=True, help="Sampling steps of an image, e.g. 20,50."
+)
 @click.option("--sparsity", default=0.33, show_default=True, help="For configurations.")
-@click.option("--round-to", default=64, show_default=True, help="For configurations.")
+@click.option("--round-to", default="64", show_default=True, help="For configurations; or auto.")
 @click.option("--repeats", default=10, show_default=True, help="Rounds over all networks.")
+@click.option(
+    "--where/--no-where", default=True, show_default=True, help="Profile where the time goes."
+)
 @pipeline_config_option
 @device_option
 @dtype_option
@@ -49,54 +63,87 @@ if TYPE_CHECKING:
 def bench(
     model: str,
     against: str | None,
-    batch_size: int,
-    steps: int,
+    modes: str,
+    batch_sizes: str,
+    steps: str,
     sparsity: float,
-    round_to: int,
+    round_to: str,
     repeats: int,
+    where: bool,
     pipeline_config: str | None,
     device: str,
     dtype: str,
     as_json: bool,
 ) -> None:
-    """Time MODEL, a pruned folder or a configuration with random weights.
+    """Time MODEL, a pruned folder or a configuration with random weights, beside the dense one.
 
-    Configurations: dit-xl-2, dit-b-4, flux-dev, sd3.5-large.
+    Configurations: dit-xl-2, dit-b-4, sdxl, sd3.5-large, flux-dev, pixart-sigma-xl, wan-2.1-14b.
 
-    Dense and pruned run in turn, call by call, in the same execution mode. The efficiency is the
-    speed-up divided by the ratio of MACs, attention products counted: 1 is what the arithmetic
-    allows.
+    All networks and modes run in turn, call by call, at the native size. The efficiency is the
+    speed-up over the dense network in the same mode, divided by the ratio of MACs, attention
+    products counted: 1 is what the arithmetic allows. One step is one call, two with guidance.
     """
-    check_positive(batch_size=batch_size, steps=steps, repeats=repeats, round_to=round_to)
+    check_positive(repeats=repeats)
+    sizes, counts = _numbers("--batch-sizes", batch_sizes), _numbers("--steps", steps)
     target = pick_device(device)
     number = pick_dtype(dtype, target)
+    # The profiler's library announces itself on standard error at this level and below.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from ..config import PruneConfig
-    from ..evaluate import measure_latency
-    from ..evaluate.configurations import CONFIGURATIONS, random_denoiser, random_staged
+    from ..evaluate.bench import bench_modes
+    from ..evaluate.configurations import (
+        CONFIGURATIONS,
+        random_denoiser,
+        random_staged,
+        usual_scheduler,
+    )
+    from ..evaluate.latency import check_modes
 
+    names = [name.strip() for name in modes.split(",") if name.strip()]
+    check_modes(names, target)
+    scheduler: Any
     if model in CONFIGURATIONS:
-        config = PruneConfig(sparsity=sparsity, steps=steps, round_to=round_to, allocation="score")
-        dense = random_denoiser(model, target, number)
-        staged = random_staged(dense, config)
-    else:
-        dense, staged = _load_pair(model, against, number, target, pipeline_config)
-    with progress_bar() as bar:
-        task = bar.add_task("time", total=repeats + 1)
-        report = measure_latency(
-            dense, staged, batch_size=batch_size, repeats=repeats, advance=lambda: bar.advance(task)
+        config = PruneConfig(
+            sparsity=sparsity, steps=counts[0], round_to=_rounding(round_to), allocation="score"
         )
-    from ..evaluate.compare import denoiser_size
-
-    sizes = {name: denoiser_size(net) for name, net in (("dense", dense), ("pruned", staged))}
+        dense = random_denoiser(model, target, number)
+        staged, scheduler = random_staged(dense, config), usual_scheduler(dense)
+    else:
+        dense, staged, scheduler = _load_pair(model, against, number, target, pipeline_config)
+    with told_progress(as_json) as tell:
+        report = bench_modes(
+            model, dense, staged, scheduler, modes=names, batch_sizes=sizes, steps=counts,
+            repeats=repeats, where=where, tell=tell,
+        )  # fmt: skip
     if as_json:
-        print_json(report.to_dict() | {"model": model, "sizes": sizes})
+        print_json(report.to_dict())
         return
-    _print_report(model, report, sizes)
+    _print_report(report)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    """Read whole numbers above 0 with commas between."""
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or min(found) < 1:
+        raise ValueError(
+            f"bench: {option} must be whole numbers from 1 on, with commas between, got {text!r}."
+        )
+    return list(dict.fromkeys(found))
+
+
+def _rounding(text: str) -> Any:
+    """Read a multiple, or `auto`."""
+    if text == "auto":
+        return text
+    return _numbers("--round-to", text)[0]
 
 
 def _load_pair(
     model: str, against: str | None, dtype: Any, device: Any, place: str | None
-) -> tuple[Any, Any]:
+) -> tuple[Any, Any, Any]:
     from ..evaluate.configurations import CONFIGURATIONS
     from ..runtime import StagedDenoiser
     from ..sources import find_denoiser, load_pipeline
@@ -106,44 +153,89 @@ def _load_pair(
             f"bench: model must be a pruned folder or one of {', '.join(CONFIGURATIONS)}, "
             f"got {model!r}."
         )
-    _, staged = find_denoiser(load_pipeline(model, dtype, device, place))
+    pipe = load_pipeline(model, dtype, device, place)
+    _, staged = find_denoiser(pipe)
     if not isinstance(staged, StagedDenoiser):
         raise ValueError(f"bench: {model} must be pruned, but it is dense. Prune it first.")
     source = against or staged.info.source
     if source is None:
         raise ValueError(f"bench: --against must name the dense model that {model} came from.")
     place = place if source.endswith(".safetensors") else None
-    return find_denoiser(load_pipeline(source, dtype, device, place))[1], staged
+    dense = find_denoiser(load_pipeline(source, dtype, device, place))[1]
+    return dense, staged, pipe.scheduler
 
 
-def _print_report(model: str, report: LatencyReport, sizes: dict[str, tuple[int, int]]) -> None:
+def _print_report(report: BenchReport) -> None:
     from rich.table import Table
 
     table = Table(
-        title=f"{model}: one call of {report.batch_size} rows, {report.dtype}, {report.device}, "
-        f"median of {report.repeats}"
+        title=f"{report.model}, {report.dtype}, {report.device}, {report.threads} threads, "
+        f"median of {report.repeats} rounds"
     )
-    for column in ("network", "steps", "GMACs", "without attention", "ms", "20%..80%"):
-        table.add_column(column, justify="left" if column == "network" else "right")
-    for row in (report.dense, *report.stages):
+    table.add_column("mode")
+    table.add_column("network")
+    for column in (
+        "rows", "steps", "ms a step", "ms an image", "peak", "speed-up", "efficiency", "over eager",
+    ):  # fmt: skip
+        table.add_column(column, justify="right")
+    for row in report.rows:
+        pruned = row.network == "pruned"
         table.add_row(
-            row.name,
-            str(row.steps),
-            f"{row.macs_with_attention / 1e9:.4g}",
-            f"{row.macs / 1e9:.4g}",
-            f"{row.milliseconds:.2f}",
-            f"{row.p20:.2f}..{row.p80:.2f}",
-        )
-    lines = [
-        f"{name}: {human_count(count)} parameters, {human_bytes(size)} on disk"
-        for name, (count, size) in sizes.items()
+            row.mode, row.network, str(row.batch_size), str(row.steps), f"{row.milliseconds:.2f}",
+            f"{row.milliseconds_per_image:.1f}",
+            "-" if row.peak_bytes is None else human_bytes(row.peak_bytes),
+            f"{row.speedup:.3f}x" if pruned else "", f"{row.efficiency:.3f}" if pruned else "",
+            f"{row.over_eager:.2f}x", end_section=pruned,
+        )  # fmt: skip
+    out = console()
+    out.print(table)
+    out.print(*_macs_lines(report), sep="\n", highlight=False)
+    if report.time:
+        out.print(_time_table(report))
+    out.print(*_memory_lines(report), sep="\n", highlight=False)
+
+
+def _macs_lines(report: BenchReport) -> list[str]:
+    """MACs depend on the number of steps alone."""
+    found = {row.steps: row for row in report.rows if row.network == "pruned"}
+    whole = report.rows[0]
+    return [
+        f"MACs of a call with {steps} steps: dense {human_count(whole.macs_with_attention)} "
+        f"({human_count(whole.macs)} without attention products), pruned "
+        f"{human_count(row.macs_with_attention)} ({human_count(row.macs)}), "
+        f"{row.macs_ratio:.3f}x fewer"
+        for steps, row in found.items()
     ]
-    console().print(
-        table,
-        *lines,
-        f"speed-up {report.speedup:.3f}x, MACs {report.macs_ratio:.3f}x fewer "
-        f"({report.macs_ratio_without_attention:.3f}x without attention products), "
-        f"efficiency {report.efficiency:.3f}",
-        sep="\n",
-        highlight=False,
-    )
+
+
+def _time_table(report: BenchReport) -> Any:
+    from rich.table import Table
+
+    parts = ("products", "attention", "norms", "rest", "launches")
+    table = Table(title=f"where a call of {report.time[0]['batch_size']} rows spends its time, ms")
+    table.add_column("mode")
+    table.add_column("network")
+    for part in parts:
+        table.add_column(part, justify="right")
+    for row in report.time:
+        total = sum(row[part] for part in parts)
+        cells = [f"{row[part]:.2f} ({row[part] / total:.0%})" for part in parts]
+        table.add_row(row["mode"], row["network"], *cells)
+    return table
+
+
+def _memory_lines(report: BenchReport) -> list[str]:
+    stated, measured = report.memory["stated"], report.memory["measured"]
+    ratios = stated["of_dense_distinct"]
+    return [
+        f"dense: {human_bytes(stated['dense'])}; {human_bytes(stated['dense_distinct'])} of "
+        "distinct tensors, of which the rest is a multiple",
+        f"on disk {human_bytes(stated['disk'])} ({ratios['disk']:.2f}x); all stages resident "
+        f"{human_bytes(stated['resident'])} ({ratios['resident']:.2f}x); swapped "
+        f"{human_bytes(stated['swap_device'])} ({ratios['swap_device']:.2f}x) on the device and "
+        f"{human_bytes(stated['swap_host'])} in the host's memory",
+        "measured: "
+        + ", ".join(
+            f"{name} {human_bytes(sum(found['live'].values()))}" for name, found in measured.items()
+        ),
+    ]

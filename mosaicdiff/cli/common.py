@@ -37,6 +37,13 @@ pipeline_config_option = click.option(
     "--pipeline-config",
     help="Of a single file: folder or Hub id of its pipeline in diffusers' layout.",
 )
+stage_memory_option = click.option(
+    "--stage-memory",
+    type=click.Choice(("resident", "swap")),
+    default="resident",
+    show_default=True,
+    help="Of a pruned model: all stages on the device, or one at a time, for small cards.",
+)
 
 
 def pipeline_option(what: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -3,168 +3,190 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .common import (
-    check_positive,
     console,
-    device_option,
-    dtype_option,
     examples,
     guarded,
     human_bytes,
     human_count,
     json_option,
-    pick_device,
-    pick_dtype,
     print_json,
-    progress_bar,
 )
+from .judging import judge_model, with_options
 
 if TYPE_CHECKING:
-    from ..evaluate import Comparison
+    from ..evaluate import Evaluation, Metric, Row
 
 
 @click.command(
     epilog=examples(
         "mosaicdiff evaluate out/digits-30",
-        "mosaicdiff evaluate out/digits-30 --num-images 2000 --guidance-scale 1.5 --json",
+        "mosaicdiff evaluate out/digits-30 --num-images 2000 --guidance-scale 1,1.5,2,4 --json",
+        "mosaicdiff evaluate out/sd3 --prompts prompts.txt --image-size 512 "
+        "--clip-score openai/clip-vit-large-patch14",
+        "mosaicdiff evaluate out/dit --features inception --reference imagenet256.npz",
         "mosaicdiff evaluate out/digits-30 --grid both.png",
     )
 )
 @click.argument("model")
-@click.option("--against", help="The dense model.  [default: the one it was pruned from]")
-@click.option("--num-images", default=200, show_default=True)
-@click.option("--guidance-scale", default=1.0, show_default=True, help="1 is without guidance.")
-@click.option("--steps", default=50, show_default=True)
-@click.option("--seed", default=0, show_default=True)
-@click.option("--batch-size", default=100, show_default=True)
+@with_options
 @click.option("--grid", type=click.Path(path_type=Path), help="Draw both sample grids here.")
-@device_option
-@dtype_option
 @json_option
 @guarded
-def evaluate(
-    model: str,
-    against: str | None,
-    num_images: int,
-    guidance_scale: float,
-    steps: int,
-    seed: int,
-    batch_size: int,
-    grid: Path | None,
-    device: str,
-    dtype: str,
-    as_json: bool,
-) -> None:
-    """Sample a class-conditional MODEL and its dense one with the same noise, and judge both.
+def evaluate(model: str, grid: Path | None, as_json: bool, **options: Any) -> None:
+    """Sample MODEL and its dense one with the same noise, and judge both.
 
-    Prints parameters, bytes, MACs and time, and the mean squared difference of the pictures. For
-    the embedded digits also the share of pictures that a classifier reads as asked, and the
-    Frechet distance to the data set in its features. That distance is biased upwards for few
-    pictures: compare it only at one --num-images.
+    Prints parameters, bytes, MACs and time, and how far the pictures are from the dense ones
+    (squared error, PSNR, SSIM). In the features of a network (--features) also the Frechet
+    distance to real pictures, precision and recall, and the Inception score; for the embedded
+    digits the share of pictures that a classifier reads as asked.
+
+    Several --guidance-scale are a sweep: both models at each, and each at its own best. The
+    Frechet distance is biased upwards for few pictures, precision and recall depend on how many
+    there are: compare them only at one --num-images.
     """
-    check_positive(num_images=num_images, steps=steps, batch_size=batch_size)
-    if num_images < 2:
-        raise ValueError(f"--num-images must be at least 2, got {num_images}.")
-    target = pick_device(device)
-    number = pick_dtype(dtype, target)
-    from ..evaluate import DigitsJudge, compare
-    from ..runtime import StagedDenoiser
-    from ..sources import DIGITS, class_count, find_denoiser, load_pipeline, source_name
-    from ..statistics.prompts import find_condition
-    from .plots import check_plot_file, write_comparison_grid
+    from .plots import check_plot_file
 
     if grid is not None:
         check_plot_file(grid)
-    pruned = load_pipeline(model, number, target)
-    if find_condition(type(pruned).__call__) != "class_labels":
-        raise ValueError(
-            f"evaluate: model must be class-conditional, got {model}, a {type(pruned).__name__}: "
-            "both models are sampled class by class. Look at what `mosaicdiff generate --prompt` "
-            "makes of both at one --seed, and at `mosaicdiff bench` for the time."
-        )
-    _, denoiser = find_denoiser(pruned)
-    if against is None:
-        against = denoiser.info.source if isinstance(denoiser, StagedDenoiser) else None
-        if against is None:
-            raise ValueError(
-                f"evaluate: --against must name the dense model: {model} does not say where it "
-                "came from."
-            )
-    dense = load_pipeline(against, number, target)
-    is_digits = source_name(dense) == DIGITS
-    with progress_bar() as bar:
-        task = bar.add_task("sample both", total=2 * num_images)
-        result = compare(
-            dense,
-            pruned,
-            judge=DigitsJudge() if is_digits else None,
-            classes=class_count(dense),
-            num_images=num_images,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            seed=seed,
-            batch_size=batch_size,
-            advance=lambda count: bar.advance(task, count),
-        )
+    result = judge_model(model, options)
     if grid is not None:
-        rows = {row.name: row for row in result.rows}
-        titles = {name: _title(name, rows[name].frechet) for name in result.images}
-        write_comparison_grid(grid, result.images, titles)
+        _draw(grid, result)
     if as_json:
+        against = result.setting.models["dense"]
         print_json(
             result.to_dict() | {"model": model, "against": against, "grid": grid and str(grid)}
         )
         return
-    _print_comparison(result)
+    print_evaluation(result)
     if grid is not None:
         click.echo(f"wrote {grid}")
 
 
-def _title(name: str, frechet: float | None) -> str:
-    return name if frechet is None else f"{name} (Frechet distance {frechet:.2f})"
+def _draw(path: Path, result: Evaluation) -> None:
+    """Draw both models' pictures, each at its best guidance; of videos the first frames."""
+    from .plots import write_comparison_grid
+
+    images, titles = {}, {}
+    for row in result.best_pair or result.pairs[0]:
+        found = result.images[row.model, row.guidance_scale]
+        images[row.model] = found[:, 0] if found.ndim == 5 else found
+        titles[row.model] = _title(row, swept=len(result.setting.guidance_scales) > 1)
+    write_comparison_grid(path, images, titles)
 
 
-def _print_comparison(result: Comparison) -> None:
+def _title(row: Row, swept: bool) -> str:
+    said = [f"guidance {_scale(row)}"] if swept else []
+    if "frechet" in row.metrics:
+        said.append(f"Frechet distance {row.metrics['frechet']:.2f}")
+    return f"{row.model} ({', '.join(said)})" if said else row.model
+
+
+def _scale(row: Row) -> str:
+    return "the pipeline's own" if row.guidance_scale is None else f"{row.guidance_scale:g}"
+
+
+def print_evaluation(result: Evaluation) -> None:
+    """Print an evaluation as tables for people."""
+    setting = result.setting
+    steps = "the pipeline's" if setting.steps is None else str(setting.steps)
+    title = f"{setting.num_images} images, {steps} steps, seed {setting.seed}"
+    if len(setting.guidance_scales) == 1:
+        _print_pair(result, f"{title}, guidance {_scale(result.rows[0])}")
+    else:
+        _print_sweep(result, title)
+    for note in result.notes:
+        console().print(f"[dim]{note}[/dim]", highlight=False)
+
+
+def _print_pair(result: Evaluation, title: str) -> None:
     from rich.table import Table
 
-    dense, pruned = result.rows
-    table = Table(
-        title=f"{result.num_images} images, {result.steps} steps, guidance "
-        f"{result.guidance_scale:g}, seed {result.seed}"
-    )
+    dense, pruned = result.pairs[0]
+    ratio = result.ratio(dense, pruned)
+    table = Table(title=title)
     table.add_column("")
     for column in ("dense", "pruned", "ratio"):
         table.add_column(column, justify="right")
     table.add_row(
         "MACs an image",
+        human_count(dense.macs_with_attention_per_image),
+        human_count(pruned.macs_with_attention_per_image),
+        f"{ratio.macs_with_attention:.2f}x fewer",
+    )
+    table.add_row(
+        "  without attention products",
         human_count(dense.macs_per_image),
         human_count(pruned.macs_per_image),
-        f"{result.macs_ratio:.2f}x fewer",
+        f"{ratio.macs:.2f}x fewer",
     )
     table.add_row(
         "time an image",
         f"{1e3 * dense.seconds_per_image:.1f} ms",
         f"{1e3 * pruned.seconds_per_image:.1f} ms",
-        f"{result.speedup:.2f}x faster",
+        f"{ratio.speedup:.2f}x as fast",
     )
     table.add_row(
         "parameters",
         human_count(dense.parameters),
         human_count(pruned.parameters),
-        f"{pruned.parameters / dense.parameters:.2f}x, all stages",
+        f"{1 / ratio.parameters:.2f}x, all stages",
     )
     table.add_row("bytes on disk", human_bytes(dense.bytes), human_bytes(pruned.bytes), "")
-    if dense.frechet is not None and pruned.frechet is not None:
-        table.add_row("conditional accuracy", f"{dense.accuracy:.2%}", f"{pruned.accuracy:.2%}", "")
-        table.add_row(
-            "Frechet distance",
-            f"{dense.frechet:.2f}",
-            f"{pruned.frechet:.2f}",
-            f"of {result.num_images}",
-        )
-    table.add_row("squared error to dense", "-", f"{pruned.mse_to_dense:.4f}", "")
+    for metric in result.metrics:
+        table.add_row(metric.title, _value(metric, dense), _value(metric, pruned), "")
     console().print(table)
+
+
+def _print_sweep(result: Evaluation, title: str) -> None:
+    from rich.table import Table
+
+    own = [metric for metric in result.metrics if metric.about != "dense"]
+    table = Table(title=f"{title}; * best of its model")
+    for column in ("guidance", "model"):
+        table.add_column(column)
+    for column in ("MACs", "ms", *(metric.title for metric in own)):
+        table.add_column(column, justify="right")
+    for row in result.rows:
+        table.add_row(
+            _scale(row),
+            row.model,
+            human_count(row.macs_with_attention_per_image),
+            f"{1e3 * row.seconds_per_image:.1f}",
+            *(_starred(metric, row) for metric in own),
+            end_section=row.model == "pruned",
+        )
+    console().print(table)
+    paired = [metric for metric in result.metrics if metric.about == "dense"]
+    beside = Table(title="pruned beside the dense pictures of the same guidance")
+    beside.add_column("guidance")
+    for metric in paired:
+        beside.add_column(metric.title, justify="right")
+    for _, row in result.pairs:
+        beside.add_row(_scale(row), *(_starred(metric, row) for metric in paired))
+    console().print(beside)
+    if result.best_pair is None or result.best_by is None:
+        return
+    dense, pruned = result.best_pair
+    ratio, metric = result.ratio(dense, pruned), result.metric(result.best_by)
+    console().print(
+        f"Each at its best {metric.title}: dense {_value(metric, dense)} at {_scale(dense)}, "
+        f"pruned {_value(metric, pruned)} at {_scale(pruned)}; {ratio.speedup:.2f}x as fast, "
+        f"{ratio.macs_with_attention:.2f}x fewer MACs.",
+        highlight=False,
+    )
+
+
+def _starred(metric: Metric, row: Row) -> str:
+    return _value(metric, row) + ("*" if metric.name in row.best_by else "")
+
+
+def _value(metric: Metric, row: Row) -> str:
+    value = row.metrics.get(metric.name)
+    if value is None:
+        return "-"
+    return f"{value:.1%}" if metric.percent else f"{value:.4g}"

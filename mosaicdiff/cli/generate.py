@@ -22,6 +22,7 @@ from .common import (
     pipeline_option,
     print_json,
     progress_bar,
+    stage_memory_option,
 )
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ _FRAME_RATE = 16
 @click.option("--seed", default=0, show_default=True)
 @pipeline_option("Of its call")
 @pipeline_config_option
+@stage_memory_option
 @device_option
 @dtype_option
 @click.option(
@@ -77,6 +79,7 @@ def generate(
     seed: int,
     pipeline_option: tuple[str, ...],
     pipeline_config: str | None,
+    stage_memory: str,
     device: str,
     dtype: str,
     output: Path,
@@ -101,7 +104,7 @@ def generate(
     from ..evaluate.sampling import draws_video, sample_images
     from ..sources import load_pipeline
 
-    pipe = load_pipeline(model, pick_dtype(dtype, target), target, pipeline_config)
+    pipe = load_pipeline(model, pick_dtype(dtype, target), target, pipeline_config, stage_memory)
     conditions = _conditions(pipe, labels, prompts)
     _check_kind(output, draws_video(pipe), len(conditions))
     by_class = isinstance(conditions[0], int)

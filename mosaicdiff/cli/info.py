@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from .common import console, examples, guarded, human_bytes, human_count, json_option, print_json
+
+if TYPE_CHECKING:
+    from ..memory.count import StatedMemory
 
 
 @click.command(epilog=examples("mosaicdiff info out/digits-30", "mosaicdiff info out/dit --json"))
@@ -14,7 +18,10 @@ from .common import console, examples, guarded, human_bytes, human_count, json_o
 @json_option
 @guarded
 def info(folder: Path, as_json: bool) -> None:
-    """Print the stages and layers of a pruned FOLDER or single file; loads no weights."""
+    """Print the stages and layers of a pruned FOLDER or single file, and what it takes in memory.
+
+    Memory is counted from the shapes in a folder's weights file; no weights are loaded.
+    """
     import json
 
     from ..checkpoint import REPORT
@@ -34,8 +41,14 @@ def info(folder: Path, as_json: bool) -> None:
         report = json.loads(file.read_text()) if file.is_file() else None
     else:
         raise ValueError(f"info: {folder} must be a folder or a .safetensors, but there is none.")
+    memory = None
+    if place.is_dir():
+        from ..memory.count import state_folder
+
+        memory = state_folder(place)
     if as_json:
-        print_json({"config": config, "report": report})
+        stated = None if memory is None else memory.to_dict()
+        print_json({"config": config, "report": report, "memory": stated})
         return
     out = console()
     out.print(
@@ -43,6 +56,8 @@ def info(folder: Path, as_json: bool) -> None:
         f"pruned from {config['source'] or 'an unnamed model'}, format {config['format_version']}",
         highlight=False,
     )
+    if memory is not None:
+        out.print(_memory_line(memory), highlight=False)
     if report is None:
         out.print("no report.json: it was saved without one", highlight=False)
         return
@@ -59,4 +74,20 @@ def info(folder: Path, as_json: bool) -> None:
         f"{human_count(values.macs_with_attention)}; {human_bytes(values.bytes_dense)} -> "
         f"{human_bytes(values.bytes)} on disk, {human_bytes(values.resident_bytes)} loaded",
         highlight=False,
+    )
+
+
+def _memory_line(memory: StatedMemory) -> str:
+    """Say what each mode takes, as a multiple of the dense denoiser without its copies."""
+    ratios = memory.ratios()
+
+    def part(name: str) -> str:
+        return f"{human_bytes(getattr(memory, name))} ({ratios[name]:.2f}x)"
+
+    copies = memory.dense - memory.dense_distinct
+    besides = f" and {human_bytes(copies)} of copies" if copies else ""
+    return (
+        f"dense {human_bytes(memory.dense_distinct)} (1x){besides}; on disk {part('disk')}; on the "
+        f"device all stages {part('resident')}, or one at a time (--stage-memory swap) "
+        f"{part('swap_device')} and {part('swap_host')} in the host's memory"
     )

@@ -110,7 +110,16 @@ def random_denoiser(name: str, device: torch.device, dtype: torch.dtype) -> nn.M
                     value.uniform_(-0.02, 0.02), requires_grad=False
                 )
     made: nn.Module = empty.to(device=device, dtype=dtype).eval()
+    if type(made).__name__ == "DiTTransformer2DModel":
+        _repeat_embedders(made)
     return made
+
+
+def _repeat_embedders(dit: Denoiser) -> None:
+    """Give every block the first one's embedder, as published DiT checkpoints do."""
+    first, *others = (block.norm1.emb for block in dit.transformer_blocks)
+    for other in others:
+        other.load_state_dict(first.state_dict())
 
 
 def random_staged(denoiser: Denoiser, config: PruneConfig) -> StagedDenoiser:
@@ -120,13 +129,16 @@ def random_staged(denoiser: Denoiser, config: PruneConfig) -> StagedDenoiser:
     of Stable Diffusion for U-Nets, else the linear one. The weights mean nothing, and may be on
     the meta device.
     """
+    return cut(denoiser, config, scheduler=usual_scheduler(denoiser))
+
+
+def usual_scheduler(denoiser: Denoiser) -> Any:
+    """Return a scheduler of the schedule that is usual for a denoiser's family."""
     from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 
     name = type(denoiser).__name__
     if adapter_for_class(name).sigma_scale is not None:
-        scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    elif name == "UNet2DConditionModel":
-        scheduler = DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-    else:
-        scheduler = DDIMScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
-    return cut(denoiser, config, scheduler=scheduler)
+        return FlowMatchEulerDiscreteScheduler(shift=3.0)
+    if name == "UNet2DConditionModel":
+        return DDIMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
+    return DDIMScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)

@@ -50,7 +50,7 @@ class Row:
             the prediction doubles it, and samplers of higher order take more than one a step.
         macs_per_image: multiply-accumulates of products of weights, of all passes.
         macs_with_attention_per_image: those and attention's products.
-        seconds_per_image: of the whole pipeline, decoding included, without its first call.
+        seconds_per_image: of the whole pipeline, decoding included: the median over batches.
         metrics: by name; what compares with the dense pictures is missing for `dense`.
         best_by: names of the metrics by which no other guidance of this model is better.
     """
@@ -110,6 +110,7 @@ class Setting:
         reference: what the features were compared with, or None.
         reference_images: how many pictures that is; None where only their statistics are known.
         neighbours: k of precision and recall.
+        splits: parts of the Inception score.
         device: name.
         dtype: of the weights.
         threads: of the CPU.
@@ -132,6 +133,7 @@ class Setting:
     reference: str | None
     reference_images: int | None
     neighbours: int
+    splits: int
     device: str
     dtype: str
     threads: int
@@ -149,8 +151,8 @@ class Evaluation:
         best_by: the metric by which `best` chooses, or None where there is none.
         setting: how they came about.
         notes: what has to be known to read the figures, a sentence each.
-        images: by (model, guidance): pictures (N, C, H, W), or videos (N, F, C, H, W), in
-            [-1, 1], float32 on the CPU.
+        images: by (model, guidance): the first pictures (N, C, H, W), or videos
+            (N, F, C, H, W), in [-1, 1], float32 on the CPU: at most 100, fewer of large ones.
     """
 
     rows: tuple[Row, ...]

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..adapters import Adapter, adapter_for
+from ..execution.api import optimized_twins
+from ..execution.products import Joins
 from ..groups import Macs, leading_parameter
 from ..runtime import StagedDenoiser
+from .clocks import denoiser_calls, time_in_turn
+
+#: How a network may be run: what `optimized_twins` is told; None is as diffusers runs it.
+MODES: dict[str, dict[str, Any] | None] = {
+    "eager": None,
+    "fused": {},
+    "compiled": {"compile": True},
+    "graphs": {"cuda_graphs": True},
+    "compiled-graphs": {"compile": True, "cuda_graphs": True},
+}
 
 
 @dataclass(frozen=True)
@@ -32,18 +42,25 @@ class StageLatency:
 
 @dataclass(frozen=True)
 class LatencyReport:
-    """Dense beside staged; `efficiency` is the speed-up over the ratio of MACs."""
+    """Dense beside staged in one mode; `efficiency` is the speed-up over the ratio of MACs.
 
+    `over_eager` are the speed-ups of the dense and of the pruned network in this mode over the
+    dense one as diffusers runs it.
+    """
+
+    mode: str
     device: str
     dtype: str
     batch_size: int
     repeats: int
     dense: StageLatency
     stages: list[StageLatency]
+    milliseconds: float
     speedup: float
     macs_ratio: float
     macs_ratio_without_attention: float
     efficiency: float
+    over_eager: tuple[float, float]
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values that JSON can hold."""
@@ -58,50 +75,101 @@ def measure_latency(
     repeats: int = 10,
     advance: Callable[[], None] = lambda: None,
 ) -> LatencyReport:
-    """Time dense and stage calls in turn, so that a drifting machine drifts under all of them.
+    """Time dense and stage calls in turn, as diffusers runs them; see `measure_modes`."""
+    ((report,),) = measure_modes(
+        dense, staged, ["eager"], batch_size=batch_size, repeats=repeats, advance=advance
+    )
+    return report
 
-    The stage networks are timed as such, their calls averaged over the plan's steps; the
-    ratio of each repeat is taken within that repeat, and its median is the speed-up.
+
+def measure_modes(
+    dense: nn.Module,
+    staged: StagedDenoiser,
+    modes: Sequence[str],
+    *,
+    batch_size: int = 1,
+    repeats: int = 10,
+    steps: Sequence[Sequence[int]] | None = None,
+    advance: Callable[[], None] = lambda: None,
+) -> list[list[LatencyReport]]:
+    """Time dense and stage calls in every mode, all in turn, so that all see the same machine.
+
+    The stage networks are timed as such, their calls averaged over the steps; ratios are taken
+    within a round, and their median is the figure.
 
     Args:
+        modes: of `MODES`.
         batch_size: rows of one call.
         repeats: rounds over all networks, after one that is not counted.
+        steps: of each stage, in each of several runs that the calls are averaged over; that of
+            the plan where not given.
+
+    Returns:
+        For each run, a report of each mode.
+
+    Raises:
+        ValueError: a mode is unknown, or its family is not fused.
+        RuntimeError: a mode that needs a CUDA device without one.
     """
     adapter = adapter_for(dense)
     parameter = leading_parameter(dense)
     device = parameter.device
-    networks: list[tuple[nn.Module, int]] = [(dense, staged.division.stages[0].first)]
-    networks += [
-        (model, (stage.first + stage.last) // 2)
-        for model, stage in zip(staged.stage_models, staged.division.stages, strict=True)
+    runs = [staged.info.steps] if steps is None else steps
+    networks = mode_networks(dense, staged, modes)
+    calls = [c for group in networks for c in denoiser_calls(adapter, group, batch_size)]
+    eager = "eager" in modes
+    if not eager:
+        calls += denoiser_calls(adapter, [(dense, networks[0][0][1])], batch_size)
+    times = time_in_turn(calls, device, repeats, advance)
+    per_mode = 1 + len(staged.stage_models)
+    plain = times[modes.index("eager") * per_mode] if eager else times[-1]
+    by_mode = [times[i : i + per_mode] for i in range(0, len(modes) * per_mode, per_mode)]
+    return [
+        [
+            _report(adapter, dense, staged, mode, rows, plain, run, batch_size)
+            for mode, rows in zip(modes, by_mode, strict=True)
+        ]
+        for run in runs
     ]
-    times = time_networks(adapter, networks, batch_size, repeats, advance)
-    weight = [count / sum(staged.info.steps) for count in staged.info.steps]
-    ratios = [
-        times[0][r] / sum(w * row[r] for w, row in zip(weight, times[1:], strict=True))
-        for r in range(repeats)
-    ]
-    dense_macs = adapter.macs(dense)
-    linear, total = staged.mean_macs()
-    speedup = statistics.median(ratios)
-    names = [stage.name for stage in staged.division.stages]
-    return LatencyReport(
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        dtype=str(parameter.dtype).removeprefix("torch."),
-        batch_size=batch_size,
-        repeats=repeats,
-        dense=_row("dense", sum(staged.info.steps), times[0], dense_macs),
-        stages=[
-            _row(name, count, row, macs)
-            for name, count, row, macs in zip(
-                names, staged.info.steps, times[1:], staged.macs(), strict=True
+
+
+def check_modes(modes: Sequence[str], device: torch.device) -> None:
+    """Refuse modes that are not there, before anything is loaded or timed.
+
+    Raises:
+        ValueError: none is given, or one is unknown.
+        RuntimeError: one needs a CUDA device, and the device is another.
+    """
+    for mode in modes or ("",):
+        if mode not in MODES:
+            raise ValueError(f"bench: mode must be one of {', '.join(MODES)}, got {mode!r}.")
+        if "graphs" in mode and device.type != "cuda":
+            raise RuntimeError(
+                f"bench: mode {mode} needs a CUDA device, got {device.type}. Leave it out, or pass "
+                "--device cuda."
             )
-        ],
-        speedup=speedup,
-        macs_ratio=dense_macs.total / total,
-        macs_ratio_without_attention=dense_macs.linear / linear,
-        efficiency=speedup * total / dense_macs.total,
-    )
+
+
+def mode_networks(
+    dense: nn.Module, staged: StagedDenoiser, modes: Sequence[str]
+) -> list[list[tuple[nn.Module, int]]]:
+    """Return for each mode the dense network and the stages, each with a timestep of its own.
+
+    All are around the same weights.
+    """
+    check_modes(modes, leading_parameter(dense).device)
+    stages = list(staged.stage_models)
+    timesteps = [staged.division.stages[0].first]
+    timesteps += [(stage.first + stage.last) // 2 for stage in staged.division.stages]
+    joins = Joins([dense, *stages])
+    found = []
+    for mode in modes:
+        options = MODES[mode]
+        models = [dense, *stages]
+        if options is not None:
+            models = optimized_twins(models, joins, **options)
+        found.append(list(zip(models, timesteps, strict=True)))
+    return found
 
 
 def time_networks(
@@ -121,38 +189,56 @@ def time_networks(
     Returns:
         Milliseconds of each round, by network.
     """
-    first = networks[0][0]
-    parameter = leading_parameter(first)
+    calls = denoiser_calls(adapter, networks, batch_size)
+    device = leading_parameter(networks[0][0]).device
+    return time_in_turn(calls, device, repeats, advance)
+
+
+def _report(
+    adapter: Adapter,
+    dense: nn.Module,
+    staged: StagedDenoiser,
+    mode: str,
+    times: list[list[float]],
+    plain: list[float],
+    steps: Sequence[int],
+    batch_size: int,
+) -> LatencyReport:
+    parameter = leading_parameter(dense)
+    weight = [count / sum(steps) for count in steps]
+    rounds = len(plain)
+    pruned = [
+        sum(w * row[r] for w, row in zip(weight, times[1:], strict=True)) for r in range(rounds)
+    ]
+
+    def ratio(above: Sequence[float], below: Sequence[float]) -> float:
+        return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+    dense_macs, macs = adapter.macs(dense), staged.macs()
+    linear = sum(w * m.linear for w, m in zip(weight, macs, strict=True))
+    total = sum(w * m.total for w, m in zip(weight, macs, strict=True))
+    speedup = ratio(times[0], pruned)
     device = parameter.device
-    generator = torch.Generator().manual_seed(0)
-    shape = (batch_size, *adapter.latent_shape(first))
-    latents = torch.randn(shape, generator=generator).to(device, parameter.dtype)
-    inputs = adapter.example_inputs(first, batch_size, device)
-    times: list[list[float]] = [[] for _ in networks]
-    with torch.no_grad():
-        for repeat in range(repeats + 1):
-            for row, (model, timestep) in zip(times, networks, strict=True):
-                step = torch.full((batch_size,), timestep, device=device)
-                call = partial(adapter.predict, model, latents, step, inputs)
-                spent = _time_call(call, device)
-                if repeat:
-                    row.append(spent)
-            advance()
-    return times
-
-
-def _time_call(call: Callable[[], Any], device: torch.device) -> float:
-    """Return milliseconds; on CUDA by events, so that launches are not what is timed."""
-    if device.type == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end)
-    started = time.perf_counter()
-    call()
-    return 1e3 * (time.perf_counter() - started)
+    return LatencyReport(
+        mode=mode,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        dtype=str(parameter.dtype).removeprefix("torch."),
+        batch_size=batch_size,
+        repeats=rounds,
+        dense=_row("dense", sum(steps), times[0], dense_macs),
+        stages=[
+            _row(stage.name, count, row, counted)
+            for stage, count, row, counted in zip(
+                staged.division.stages, steps, times[1:], macs, strict=True
+            )
+        ],
+        milliseconds=statistics.median(pruned),
+        speedup=speedup,
+        macs_ratio=dense_macs.total / total,
+        macs_ratio_without_attention=dense_macs.linear / linear,
+        efficiency=speedup * total / dense_macs.total,
+        over_eager=(ratio(plain, times[0]), ratio(plain, pruned)),
+    )
 
 
 def _row(name: str, steps: int, times: list[float], macs: Macs) -> StageLatency:

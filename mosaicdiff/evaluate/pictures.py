@@ -51,6 +51,20 @@ def ssim(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((likeness / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))).mean())
 
 
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Return the mean of -10 log10(squared error), in dB, over pictures (B, C, H, W) in [0, 1].
+
+    Infinite where a picture equals its counterpart.
+    """
+    if a.shape != b.shape or a.ndim != 4 or not len(a):
+        raise ValueError(
+            f"psnr: pictures must be two of one shape (B, C, H, W), got {tuple(a.shape)} and "
+            f"{tuple(b.shape)}."
+        )
+    errors = (a.double() - b.double()).square().flatten(1).mean(1)
+    return float((-10 * errors.log10()).mean())
+
+
 def picture_metric(name: str) -> Callable[[torch.Tensor], float]:
     """Return a quality metric of pyiqa as an error: lower is better.
 

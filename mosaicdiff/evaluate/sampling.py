@@ -40,6 +40,7 @@ def sample_images(
     steps: int | None = 50,
     guidance_scale: float | None = 1.0,
     seed: int = 0,
+    first_image: int = 0,
     batch_size: int = 64,
     options: Mapping[str, Any] | None = None,
     advance: Callable[[int], None] = lambda images: None,
@@ -52,6 +53,7 @@ def sample_images(
         steps: None is the pipeline's own default, as of
         guidance_scale: which 1 turns off.
         seed: of the noise.
+        first_image: number of the first, of a run that is sampled in parts.
         batch_size: pictures of a call.
         options: other arguments of the pipeline's call, e.g. height and width.
         advance: hears of the pictures of each call.
@@ -81,7 +83,7 @@ def sample_images(
     for first in range(0, len(conditions), batch_size):
         chunk = list(conditions[first : first + batch_size])
         started = time.perf_counter()
-        generator = image_generators(seed, first, len(chunk))
+        generator = image_generators(seed, first_image + first, len(chunk))
         try:
             made = pipe(**{argument: chunk}, generator=generator, **given)
             sampled = made.frames if draws_video(pipe) else made.images

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 from ..adapters import adapter_for_class
 from ..groups import Denoiser, leading_parameter
 from ..model_checks import EXECUTION, check_state, check_unhooked
+from ..pack import twin
 from ..runtime import StagedDenoiser
 from ..sources import find_denoisers
 from .dit import fuse_dit
@@ -48,10 +49,10 @@ class Execution:
         self._denoiser, self.networks, self._joins = denoiser, networks, joins
         self._replaced: list[nn.Module] = []
 
-    def install(self, models: list[nn.Module]) -> None:
+    def install(self) -> None:
         """Put the forwards in place; modules that stages share get theirs once."""
-        for model, network in zip(models, self.networks, strict=True):
-            for module, forward in (*network.fusion.forwards, (model, network)):
+        for network in self.networks:
+            for module, forward in network.forwards:
                 if "forward" not in module.__dict__:
                     module.__dict__["forward"] = forward
                     self._replaced.append(module)
@@ -122,6 +123,33 @@ def restore(model: DiffusionPipeline | Denoiser) -> None:
             execution.remove()
 
 
+def optimized_twins(
+    models: Sequence[nn.Module],
+    joins: Joins,
+    *,
+    fuse: bool = True,
+    compile: bool | dict[str, Any] = False,
+    cuda_graphs: bool = False,
+) -> list[nn.Module]:
+    """Return networks around the same weights that run as `optimize` says, to be timed together.
+
+    The networks themselves stay as they are, but for where their weights lie: joined, as long as
+    `joins` lives.
+
+    Args:
+        models: dense denoisers or stages.
+        joins: of all networks around these weights.
+    """
+    options = {} if compile is True else compile or None
+    made: dict[int, nn.Module] = {}
+    twins = [twin(model, made) for model in models]
+    for model in twins:
+        network = _network(model, joins, fuse, options, cuda_graphs)
+        for module, forward in network.forwards:
+            module.__dict__.setdefault("forward", forward)
+    return twins
+
+
 def execution_of(denoiser: nn.Module) -> Execution | None:
     """Return the fused execution that a denoiser is in."""
     return denoiser.__dict__.get(EXECUTION)
@@ -154,6 +182,8 @@ def _check(denoiser: nn.Module, fuse: bool, cuda_graphs: bool) -> None:
             f"{_kind(denoiser)}. Pass fuse=False to compile it or capture graphs alone."
         )
     check_unhooked("optimize", denoiser)
+    if cuda_graphs and isinstance(denoiser, StagedDenoiser):
+        denoiser.check_graphs("optimize")
     if fuse:
         processors = adapter_for_class(_kind(denoiser)).processors
         for model in _models(denoiser):
@@ -166,22 +196,34 @@ def _check(denoiser: nn.Module, fuse: bool, cuda_graphs: bool) -> None:
         )
 
 
+def _network(
+    model: nn.Module, joins: Joins, fuse: bool, options: dict[str, Any] | None, cuda_graphs: bool
+) -> Network:
+    with torch.no_grad():
+        fusion = FUSIONS[type(model).__name__](model, joins) if fuse else Fusion()
+    return Network(model, fusion, options, cuda_graphs)
+
+
+def _is_there(denoiser: nn.Module, stage: int) -> bool:
+    swap = denoiser.swap if isinstance(denoiser, StagedDenoiser) else None
+    return swap is None or swap.active == stage
+
+
 def _execution(
     denoiser: Any, fuse: bool, options: dict[str, Any] | None, cuda_graphs: bool
 ) -> Execution:
     models = _models(denoiser)
     joins = Joins(models)
-    networks = []
+    networks = [_network(m, joins, fuse, options, cuda_graphs) for m in models]
     with torch.no_grad():
-        for model in models:
-            fusion = FUSIONS[_kind(denoiser)](model, joins) if fuse else Fusion()
-            networks.append(Network(model, fusion, options, cuda_graphs))
         execution = Execution(denoiser, networks, joins)
         try:
-            for network in networks:
-                network.refresh()
+            for number, network in enumerate(networks):
+                # Of swapped stages only one is there; the others are joined when they come.
+                if _is_there(denoiser, number):
+                    network.refresh()
         except Exception:
             execution.remove()
             raise
-    execution.install(models)
+    execution.install()
     return execution

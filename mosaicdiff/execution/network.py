@@ -49,6 +49,11 @@ class Network:
                 return self._graphs(*args, **kwargs)
         return self.run(*args, **kwargs)
 
+    @property
+    def forwards(self) -> list[tuple[nn.Module, Forward]]:
+        """Modules and what runs in the place of their own `forward`, the network itself last."""
+        return [*self.fusion.forwards, (self._model, self)]
+
     def refresh(self) -> bool:
         """Follow weights that were moved or replaced; whether any was.
 
@@ -73,10 +78,21 @@ class Network:
                     )
         return changed
 
-    def release(self) -> None:
-        """Let go of joined tensors and graphs, of a stage that is put away."""
+    @property
+    def captures(self) -> bool:
+        """Whether it is run as CUDA graphs."""
+        return self._graphs is not None
+
+    def release(self, follower: Network | None = None) -> None:
+        """Let go of joined tensors and graphs, of a stage that is put away.
+
+        Args:
+            follower: the stage that comes; what it uses too stays.
+        """
+        kept = [] if follower is None else follower.fusion.products
         for product in self.fusion.products:
-            product.release()
+            if not any(product is other for other in kept):
+                product.release()
         if self._graphs is not None:
             self._graphs.clear()
 

@@ -113,9 +113,9 @@ class JoinedLinear:
 
 
 class Joins:
-    """Make the joined linears of networks that share some of them.
+    """Make the joined linears of networks that share weights.
 
-    What is asked for twice is made once. A linear that is in one joined linear already is copied
+    What is asked for twice is made once. A weight that is in one joined linear already is copied
     into a second.
 
     Args:
@@ -128,13 +128,13 @@ class Joins:
         self._shared: dict[Any, Any] = {}
         self._users: dict[int, tuple[int, ...]] = {}
         for number, network in enumerate(networks):
-            for module in network.modules():
-                self._users[id(module)] = (*self._users.get(id(module), ()), number)
+            for parameter in network.parameters():
+                self._users[id(parameter)] = (*self._users.get(id(parameter), ()), number)
 
     def linear(self, places: Sequence[Place]) -> JoinedLinear:
         """Return the joined linear of these places."""
-        linears = [owner._modules[name] for owner, name in places]
-        key = tuple(id(linear) for linear in linears)
+        linears: list[Any] = [owner._modules[name] for owner, name in places]
+        key = tuple(id(getattr(linear, "weight", linear)) for linear in linears)
         if key not in self._made:
             tied = self._taken.isdisjoint(key)
             self._made[key] = JoinedLinear(places, tied)
@@ -149,7 +149,8 @@ class Joins:
         """
         groups: dict[tuple[int, ...], list[int]] = {}
         for index, (owner, name) in enumerate(places):
-            users = self._users.get(id(owner._modules[name]), ())
+            linear: Any = owner._modules[name]
+            users = self._users.get(id(getattr(linear, "weight", None)), ())
             groups.setdefault(users, []).append(index)
         return list(groups.values())
 

@@ -14,7 +14,8 @@ from ..config import PruneConfig
 from ..groups import Denoiser, PrunableLayer, leading_parameter
 from ..pack import LayerState, Parts, dense_parts, narrow_parts
 from ..request import Job
-from ..runtime import StagedDenoiser, StageInfo
+from ..runtime import StagedDenoiser
+from ..stage_state import StageInfo
 from ..statistics.calibration import Calibration
 from ..statistics.gather import problem_of
 from ..surgery import Surgeon

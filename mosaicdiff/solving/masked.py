@@ -9,7 +9,8 @@ import torch
 from ..adapters import Adapter
 from ..config import PruneConfig
 from ..groups import Denoiser
-from ..runtime import MaskedState, StagedDenoiser, StageInfo
+from ..runtime import StagedDenoiser
+from ..stage_state import MaskedState, StageInfo
 from ..trajectory.stages import Division
 from .weights import WeightSolution
 

@@ -74,6 +74,11 @@ class StageClock:
         return {**self.__dict__, "_attached": [], "_run": None}
 
     @property
+    def run(self) -> object | None:
+        """A token of the run that is under way, another one for each; None where there is none."""
+        return self._run
+
+    @property
     def schedulers(self) -> list[Any]:
         """The schedulers followed, those still alive."""
         return [s for s in (ref() for ref in self._attached) if s is not None]

@@ -12,7 +12,7 @@ from mosaicdiff import PruneConfig, StagedDenoiser
 from mosaicdiff.adapters import adapter_for
 from mosaicdiff.adapters.common import check_fit, check_plain
 from mosaicdiff.adapters.family import Heads
-from mosaicdiff.runtime import StageInfo
+from mosaicdiff.stage_state import StageInfo
 from mosaicdiff.trajectory.schedule import NoiseSchedule
 from mosaicdiff.trajectory.stages import Division
 

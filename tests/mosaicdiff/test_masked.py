@@ -12,12 +12,13 @@ from safetensors.torch import load_file, save_file
 import mosaicdiff
 from mosaicdiff.adapters import adapter_for
 from mosaicdiff.checkpoint import CONFIG, storage_of
-from mosaicdiff.evaluate.compare import denoiser_size
+from mosaicdiff.evaluate.cost import denoiser_size
 from mosaicdiff.masked_storage import pack_mask, unpack_mask
-from mosaicdiff.pack import StageBuilder
+from mosaicdiff.pack import LayerState, StageBuilder
 from mosaicdiff.report import PruneReport, StageReport, report_from_dict, weight_rows
-from mosaicdiff.runtime import LayerState, MaskedState, StagedDenoiser
+from mosaicdiff.runtime import StagedDenoiser
 from mosaicdiff.solving.masked import assemble_weights
+from mosaicdiff.stage_state import MaskedState
 
 from .conftest import sample, tiny_denoiser, tiny_pipeline
 from .masked import mask_denoiser

@@ -11,7 +11,7 @@ from mosaicdiff.adapters.joint import JointBiasOnly, JointBiasOnlyBlock
 from mosaicdiff.adapters.sd3 import TEXT_TOKENS
 from mosaicdiff.allocation.planning import make_frame
 from mosaicdiff.pack import dense_parts
-from mosaicdiff.runtime import StageInfo
+from mosaicdiff.stage_state import StageInfo
 from mosaicdiff.statistics.depth import measure_changes
 from mosaicdiff.statistics.noising import CalibrationSet, draw_noisy
 from mosaicdiff.surgery import Surgeon

@@ -237,14 +237,15 @@ def test_prompts_for_classes_are_refused(tiny, tmp_path):
             "generate", tiny.folder, "--prompt", "a cat", "--output", tmp_path / "out")  # fmt: skip
 
 
-def test_what_judges_by_class_refuses_and_what_times_works(tiny_sd3_folder, prompts, tmp_path):
+def test_what_judges_wants_prompts_and_what_times_works(tiny_sd3_folder, prompts, tmp_path):
     output = tmp_path / "out"
     run_json("prune", tiny_sd3_folder, "--output", output, "--prompts", prompts, *FAST,
              "--allocation", "uniform")  # fmt: skip
-    message = "a StableDiffusion3Pipeline: both models are sampled class by class. Look at what"
-    refused(f"evaluate: model must be class-conditional, got {output}, {message}",
-            "evaluate", output)  # fmt: skip
-    refused(message, "evaluate", tiny_sd3_folder)
+    refused("prompts must be given for StableDiffusion3Pipeline", "evaluate", output)
+    refused("--against must name the dense model", "evaluate", tiny_sd3_folder)
+    judged = run_json("evaluate", output, "--prompts", prompts, "--steps", 2)
+    assert judged["setting"]["condition_kind"] == "prompt"
+    assert judged["rows"][1]["metrics"]["mse_to_dense"] > 0
     timed = run_json("bench", output, "--repeats", 1)
     assert [row["name"] for row in timed["stages"]] == ["early", "middle", "late"]
     assert timed["macs_ratio"] > 1

@@ -1,0 +1,149 @@
+"""What a staged denoiser answers to the techniques that pipelines know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from diffusers.hooks.hooks import CacheContext
+from torch import nn
+
+from ..model_checks import check_not_optimized
+from .caching import StageCaches
+
+if TYPE_CHECKING:
+    from ..runtime import StageInfo
+    from ..trajectory.clock import StageClock
+    from .lora import LoadedLoras
+
+
+class Composed:
+    """Methods of a staged denoiser that hand caches on to its stages.
+
+    A stage that is entered begins with empty caches, so that its first step is computed in full:
+    nothing of another stage, or of another picture, is reused.
+    """
+
+    info: StageInfo
+    stage_models: nn.ModuleList
+    _clock: StageClock
+    _caches: StageCaches | None = None
+    _loras: LoadedLoras | None = None
+    _context: CacheContext | None = None
+    #: Name of the calls, of a cache that must see no other.
+    _one_context: str | None = None
+    #: Stage and run of the last call.
+    _entered: tuple[int, Any] | None = None
+    #: Called with a stage when a call enters it; a tuple, as the class holds it.
+    _on_entry: tuple[Callable[[int], None], ...] = ()
+
+    @property
+    def is_cache_enabled(self) -> bool:
+        """Whether one of diffusers' caches is on."""
+        return self._caches is not None
+
+    def enable_cache(self, config: Any) -> None:
+        """Switch one of diffusers' caches on in every stage, also of families that it is not in.
+
+        The first step of each stage is computed in full. Where the pipeline does not say which of
+        several calls of a step comes (DiT, PixArt, Sana, SD3, FLUX.2), each call is taken for the
+        only one: a loop of your own that makes two goes around each with `cache_context`.
+
+        Args:
+            config: `FirstBlockCacheConfig`, `PyramidAttentionBroadcastConfig`,
+                `TaylorSeerCacheConfig`; of one stage `MagCacheConfig` and `FasterCacheConfig` too.
+
+        Raises:
+            ValueError: a cache is on already, or the technique does not work on this denoiser.
+        """
+        if self._caches is not None:
+            raise ValueError(
+                "enable_cache: no cache must be on, got "
+                f"{type(self._caches.config).__name__}. Call disable_cache() first."
+            )
+        check_not_optimized(self, "enable_cache")
+        self._caches = StageCaches(list(self.stage_models), self.info.base_class, config)
+        self._entered = None
+
+    def disable_cache(self) -> None:
+        """Switch the cache off in every stage, which are as before.
+
+        Raises:
+            ValueError: no cache is on.
+        """
+        if self._caches is None:
+            raise ValueError("disable_cache: a cache must be on, got none. Nothing is to be done.")
+        self._caches.remove()
+        self._caches = None
+
+    def load_lora_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse what the pipeline's own `load_lora_weights` calls.
+
+        Raises:
+            ValueError: says what to call instead.
+        """
+        raise ValueError(
+            "load_lora_weights: model must be dense, but it is pruned: its layers are narrower "
+            "than the LoRA. Call mosaicdiff.load_lora(pipe, ...), which slices it."
+        )
+
+    def _reset_stateful_cache(self, recurse: bool = True) -> None:
+        """Forget what was cached, as pipelines ask at the end of a run."""
+        self._entered = self._one_context = None
+        if self._caches is not None:
+            for stage in range(len(self.stage_models)):
+                self._caches.reset(stage)
+
+    @contextmanager
+    def cache_context(self, name: str, **details: Any) -> Iterator[None]:
+        """Say to the hooks of every stage which call of a step comes; pipelines ask for it.
+
+        Raises:
+            ValueError: the cache that is on cannot tell the calls of a step apart.
+        """
+        self._check_context(name)
+        self._context = CacheContext(name, **details)
+        try:
+            with ExitStack() as stack:
+                for stage in self.stage_models:
+                    context: Any = getattr(stage, "cache_context", None)
+                    if context is not None:
+                        stack.enter_context(context(name, **details))
+                    elif self._caches is not None:
+                        index = list(self.stage_models).index(stage)
+                        self._caches.set_context(index, self._context)
+                        stack.callback(self._caches.set_context, index, None)
+                yield
+        finally:
+            self._context = None
+
+    def _check_context(self, name: str) -> None:
+        if self._caches is None or not self._caches.one_memory:
+            return
+        if self._one_context not in (None, name):
+            raise ValueError(
+                f"{type(self._caches.config).__name__}: all calls of a run must be of one context, "
+                f"got {self._one_context!r} and {name!r}: it keeps one memory, and would hand the "
+                "attention of one to the other. Sample without guidance, or use "
+                "FirstBlockCacheConfig or TaylorSeerCacheConfig."
+            )
+        self._one_context = name
+
+    @torch.compiler.disable
+    def _enter(self, stage: int) -> None:
+        """Prepare a call of a stage: where it is another than before, it forgets."""
+        if self._caches is None and not self._on_entry:
+            return
+        place = (stage, self._clock.run)
+        entered = self._entered
+        if entered is None or entered[0] != stage or entered[1] is not place[1]:
+            self._entered = place
+            for listener in self._on_entry:
+                listener(stage)
+            if self._caches is not None:
+                self._caches.reset(stage)
+                self._caches.set_context(stage, self._context)
+        if self._caches is not None and self._caches.names_itself and self._context is None:
+            self._caches.set_context(stage, CacheContext("call"))
