@@ -31,7 +31,8 @@ def modulations_of(norms: Sequence[Any], joins: Joins, fusion: Fusion) -> Modula
     """Return what one vector does to these norms, in one product."""
     counts = [VECTORS[type(norm).__name__] for norm in norms]
     found: Modulations = joins.shared(
-        ("modulations", *map(id, norms)), lambda: Modulations(norms, counts, joins)
+        ("modulations", *(id(norm.linear.weight) for norm in norms)),
+        lambda: Modulations(norms, counts, joins),
     )
     fusion.products.append(found)
     fusion.once.append(found.once)

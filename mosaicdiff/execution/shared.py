@@ -73,7 +73,8 @@ def shared_parts(
     found: dict[int, Part] = {}
     for group in joins.partition(places):
         mine = [places[index] for index in group]
-        key = tuple(id(owner._modules[name]) for owner, name in mine)
+        linears: list[Any] = [owner._modules[name] for owner, name in mine]
+        key = tuple(id(linear.weight) for linear in linears)
         shared: SharedProduct = joins.shared(
             ("product", *key), functools.partial(SharedProduct, mine, joins, before)
         )
@@ -100,7 +101,7 @@ class Modulations:
         scales: list[int] = []
         total = 0
         for norm, (count, raised) in zip(norms, counts, strict=True):
-            self._starts[id(norm)] = total
+            self._starts[id(norm.linear.weight)] = total
             scales += [total + part for part in raised]
             total += count
         ones = torch.zeros(total, self._width)
@@ -109,9 +110,9 @@ class Modulations:
         self.once = OncePerCall(self._compute)
         self.refresh()
 
-    def start(self, norm: nn.Module) -> int:
+    def start(self, norm: Any) -> int:
         """Return where the vectors of a norm begin."""
-        return self._starts[id(norm)]
+        return self._starts[id(norm.linear.weight)]
 
     @property
     def places(self) -> list[tuple[nn.Module, str, Any]]:
