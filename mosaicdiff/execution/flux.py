@@ -67,6 +67,7 @@ class _Projected(FluxAttention):
         fusion.forwards.append((attention, self.forward))
         fusion.processors.append((attention, attention.processor))
         fusion.hold(attention, "norm_q", "norm_k")
+        fusion.products.append(self._norms)
 
     def forward(  # type: ignore[override]
         self,
@@ -78,8 +79,8 @@ class _Projected(FluxAttention):
         """Return the heads side by side, (B, T, H * D), of projections (B, T, 3 * H * D)."""
         refuse(kwargs)
         parts = hidden_states.unflatten(-1, (3, self._attention.heads, -1))
-        streams = [(parts, self._image_norms)]
-        return self._mix(*self._heads(streams, image_rotary_emb), attention_mask)
+        query, key, value = self._heads(parts, [parts.shape[1]], image_rotary_emb)
+        return self._mix(query, key, value, attention_mask)
 
 
 class _SingleBlock:

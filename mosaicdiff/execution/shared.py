@@ -157,10 +157,11 @@ class Tables:
     Args:
         blocks: with a `scale_shift_table` (6, C) or (1, 6, C): shift, scale and gate of attention,
             then of the FFN.
+        wide: whether what the timestep gives is taken in float32.
     """
 
-    def __init__(self, blocks: Sequence[Any]) -> None:
-        self._blocks = list(blocks)
+    def __init__(self, blocks: Sequence[Any], wide: bool = False) -> None:
+        self._blocks, self._wide = list(blocks), wide
         self.once = OncePerCall(self._compute)
 
     def __call__(self, times: torch.Tensor, block: int) -> Sequence[torch.Tensor]:
@@ -177,6 +178,7 @@ class Tables:
     def _compute(self, times: torch.Tensor) -> Sequence[torch.Tensor]:
         tables = torch.stack([block.scale_shift_table for block in self._blocks])
         tables = tables.view(len(self._blocks), 6, -1)
+        times = times.float() if self._wide else times
         sums = tables + times.reshape(len(times), 1, 6, -1)
         sums[:, :, 1::3] += 1
         if len(times) == 1:

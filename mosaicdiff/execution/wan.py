@@ -31,7 +31,7 @@ def fuse_wan(model: Any, joins: Joins) -> Fusion:
     fusion = Fusion()
     blocks = list(model.blocks)
     key = tuple(id(block.scale_shift_table) for block in blocks)
-    tables: Tables = joins.shared(("tables", *key), lambda: Tables(blocks))
+    tables: Tables = joins.shared(("tables", *key), lambda: Tables(blocks, wide=True))
     turned: OncePerCall = joins.shared(("rotary",), lambda: OncePerCall(_signed))
     fusion.once += [tables.once, turned]
     crossing = [b.attn2 for b in blocks if not isinstance(b.attn2, BiasOnly)]
@@ -223,7 +223,7 @@ class _Block:
 
     def _vectors(self, temb: torch.Tensor) -> Sequence[torch.Tensor]:
         if temb.ndim == 3:
-            return self._tables(temb.float() if temb.dtype.itemsize < 4 else temb, self._number)
+            return self._tables(temb, self._number)
         # Of times by token: as large as the stream, so each block makes its own.
         table = self._block.scale_shift_table.unsqueeze(0) + temb.float()
         shift, scale, gate, shift_ff, scale_ff, gate_ff = table.unbind(2)
@@ -235,13 +235,14 @@ def _modulated(
 ) -> torch.Tensor:
     """Norm, scale and shift in float32, as diffusers; return in the stream's type."""
     wide = stream.float()
-    if shift.ndim == 1:
+    if shift.ndim == 1 and scale.dtype == wide.dtype:
         found = functional.layer_norm(wide, norm.normalized_shape, scale, shift, norm.eps)
     else:
-        found = torch.addcmul(shift, norm(wide), scale)
+        found = torch.addcmul(shift, norm(wide).to(scale.dtype), scale)
     return found.type_as(stream)
 
 
 def _added(stream: torch.Tensor, gate: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-    """Add a gated change in float32, (B, T, C)."""
-    return torch.addcmul(stream.float(), gate, change.float()).type_as(stream)
+    """Add a gated change in the gate's type, float32 or wider, (B, T, C)."""
+    wide = gate.dtype
+    return torch.addcmul(stream.float().to(wide), gate, change.to(wide)).type_as(stream)
