@@ -60,6 +60,7 @@ bench: build
 	$(BIN)/python -m benchmarks.bench_quality cap
 	$(BIN)/python -m benchmarks.bench_quality table
 	$(BIN)/python -m benchmarks.bench_quality headline
+	$(BIN)/python -m benchmarks.bench_guidance
 	$(BIN)/python -m benchmarks.bench_allocation table
 	$(BIN)/python -m benchmarks.bench_allocation stages
 	$(BIN)/python -m benchmarks.bench_allocation sweep

@@ -11,12 +11,11 @@ from benchmarks.rows import RESULTS, provenance, upsert_row
 from mosaicdiff.evaluate import Evaluation, Judges, compare
 from mosaicdiff.evaluate.networks import DigitsNetwork
 from mosaicdiff.evaluate.reference import load_reference
-from mosaicdiff.inputs.load import load_calibration
 
 FILE = RESULTS / "guidance.csv"
 KEY = ("images", "steps", "seed", "sparsity", "guidance")
 SPARSITIES = (0.3, 0.5)
-SCALES = (1.0, 1.25, 1.5, 2.0, 3.0)
+SCALES = (1.0, 1.25, 1.5, 2.0)
 
 
 def keep_rows(result: Evaluation, sparsity: float, origin: dict[str, str]) -> None:
@@ -46,17 +45,17 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--images", type=int, default=250)
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     origin = provenance()
     network = DigitsNetwork()
     judges = Judges(network, partial(load_reference, None, network))
     dense = mosaicdiff.load_pipeline("digits")
-    data = load_calibration(None, dense)
+    measured = mosaicdiff.calibrate(mosaicdiff.load_pipeline("digits"))
     for sparsity in SPARSITIES:
         pruned = mosaicdiff.load_pipeline("digits")
-        mosaicdiff.prune(pruned, mosaicdiff.PruneConfig(sparsity=sparsity), calibration=data)
+        mosaicdiff.prune(pruned, mosaicdiff.PruneConfig(sparsity=sparsity), measured=measured)
         result = compare(
             dense, pruned, judges=judges, num_images=arguments.images, steps=arguments.steps,
             guidance_scales=SCALES, seed=arguments.seed, batch_size=125,

@@ -10,6 +10,7 @@
 #     kernels   the second tier: every configuration, sanitizers on the host
 #     sanitize  compute-sanitizer on small cases of the CUDA kernels, where it is installed
 #     bench     the same as hessian cholesky sweep joint prune: rows in benchmarks/results/<device>.csv
+#     speed     dense and pruned denoisers, eager, fused, compiled and in graphs: speed.csv, fused.csv
 #
 # Without a name all parts run. Each ends within ten minutes; all run whatever fails, and the exit
 # status is 1 if one did. PYTHON is the interpreter (python3). Where OUT is set, the log and the
@@ -20,7 +21,7 @@ cd "$(dirname "$0")/.." || exit 1
 PYTHON=${PYTHON:-python3}
 PART_SECONDS=590
 SMALL='float64_is_the_reference or ties or dead or sweep or (inverse and not 1100)'
-ALL_PARTS=(build test models kernels sanitize hessian cholesky sweep joint prune)
+ALL_PARTS=(build test models kernels sanitize hessian cholesky sweep joint prune speed)
 
 die() {
   echo "gpu.sh: $1" >&2
@@ -33,7 +34,7 @@ for argument in "$@"; do
   case $argument in
     --dry-run) dry_run=true ;;
     bench) parts+=(hessian cholesky sweep joint prune) ;;
-    build | test | models | kernels | sanitize | hessian | cholesky | sweep | joint | prune) parts+=("$argument") ;;
+    build | test | models | kernels | sanitize | hessian | cholesky | sweep | joint | prune | speed) parts+=("$argument") ;;
     -h | --help)
       sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "$0"
       exit 0
@@ -111,6 +112,7 @@ part_cholesky() { limited 60 "$PYTHON" -m benchmarks.bench_cholesky --device cud
 part_sweep() { limited 120 "$PYTHON" -m benchmarks.bench_sweep --device cuda --repeats 2; }
 part_joint() { limited 60 "$PYTHON" -m benchmarks.bench_joint --device cuda; }
 part_prune() { limited 280 "$PYTHON" -m benchmarks.bench_prune --device cuda; }
+part_speed() { limited $PART_SECONDS "$PYTHON" -m benchmarks.bench_speed --device cuda --dtype bfloat16; }
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -7,7 +7,7 @@ import argparse
 import statistics
 from pathlib import Path
 
-from benchmarks import render_allocation, render_families, render_obsdiff
+from benchmarks import render_allocation, render_families, render_guidance, render_obsdiff
 from benchmarks.rows import RESULTS, read_rows
 
 ROOT = Path(__file__).parent.parent
@@ -124,17 +124,19 @@ def cap_table() -> str:
 
 def speed_table() -> str:
     lines = [
-        "| model | sparsity | neurons kept in | rows | type | dense call | speed-up | fewer MACs "
-        "| efficiency |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| model | sparsity | neurons kept in | rows | type | mode | dense call | speed-up "
+        "| fewer MACs | efficiency | over eager dense |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in read_rows(RESULTS / "speed.csv"):
+        device = f"{r['dtype']}, {r['device']}"
+        device += f", {r['threads']} threads" if r["device"] == "cpu" else ""
+        kept = r["round_to"] if r["round_to"] == "auto" else f"{r['round_to']}s"
         lines.append(
-            f"| {r['model']} | {float(r['sparsity']):.0%} | {r['round_to']}s | "
-            f"{r['batch_size']} | {r['dtype']}, {r['device']}, {r['threads']} threads | "
-            f"{float(r['dense_ms']):.1f} ms | "
-            f"{float(r['speedup']):.3f}x | {float(r['macs_ratio']):.3f}x | "
-            f"{float(r['efficiency']):.3f} |"
+            f"| {r['model']} | {float(r['sparsity']):.0%} | {kept} | {r['batch_size']} | {device} "
+            f"| {r['mode']} | {float(r['dense_ms']):.1f} ms | {float(r['speedup']):.3f}x "
+            f"| {float(r['macs_ratio']):.3f}x | {float(r['efficiency']):.3f} "
+            f"| {float(r['over_eager']):.2f}x |"
         )
     return "\n".join(lines)
 
@@ -231,6 +233,7 @@ def main() -> None:
         ("packages", render_obsdiff.packages_table()),
         ("student", render_obsdiff.variants_table("student")),
         ("headline", headline_table()),
+        ("guidance", render_guidance.guidance_table()),
         ("factors", factor_table()),
         ("cap", cap_table()),
         ("speed", speed_table()),

@@ -90,6 +90,11 @@ judging_options = (
         help="Metric that chooses each model's best guidance.  [default: frechet, or the score of "
         "prompts]",
     ),
+    click.option(
+        "--state",
+        type=click.Path(path_type=Path),
+        help="Keep what was found in this .npz after every batch; go on from it if it is there.",
+    ),
     device_option,
     dtype_option,
 )  # fmt: skip
@@ -185,6 +190,7 @@ def judge_model(model: str, options: Mapping[str, Any]) -> Evaluation:
             best_by=options["best_by"],
             names={DENSE: against, PRUNED: model},
             command=command_line(),
+            state=options["state"],
             advance=lambda count: bar.advance(task, count),
         )
 

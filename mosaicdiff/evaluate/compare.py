@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -14,13 +16,14 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..groups import leading_parameter
-from ..sources import class_count, find_denoiser, source_name
-from ..statistics.prompts import find_condition
+from ..sources import class_count, find_denoiser, find_denoisers, source_name
 from .cost import Calls, calls_of, pipeline_size, watched
 from .evaluation import DENSE, PRUNED, Evaluation, Row, Setting, mark_best
 from .quality import Judges, Tally, known_metrics
 from .reference import Reference
+from .rehearsal import check_request, rehearse
 from .sampling import balanced_labels, draws_video, sample_images
+from .state import check_state_file, fingerprint, load_state, save_state
 
 #: Pictures of a row that are kept: so many, while they fit into so many bytes; one at least.
 _KEPT, _KEPT_BYTES = 100, 1 << 27
@@ -62,6 +65,7 @@ def compare(
     best_by: str | None = None,
     names: Mapping[str, str] | None = None,
     command: str = "",
+    state: Path | None = None,
     advance: Callable[[int], None] = lambda images: None,
 ) -> Evaluation:
     """Sample both models with the same noise, batch by batch in turn, and judge them.
@@ -85,6 +89,8 @@ def compare(
             where it is measured, else the first score of prompts, else none.
         names: of `dense` and `pruned`, for the record; None are those they were loaded by.
         command: that this is run by, for the record.
+        state: `.npz` file that holds what was found after every batch, to go on from after the
+            process was killed; it goes when all is done.
         advance: hears of every picture made (2 x `num_images` x scales in all).
 
     Raises:
@@ -94,7 +100,9 @@ def compare(
     """
     judges = Judges() if judges is None else judges
     scales = tuple(guidance_scales)
-    _check(dense, pruned, judges, prompts, num_images, scales, batch_size)
+    if state is not None:
+        check_state_file(state)
+    check_request(dense, pruned, judges, prompts, num_images, scales, batch_size)
     conditions: list[Any] = (
         balanced_labels(num_images, class_count(dense))
         if prompts is None
@@ -104,35 +112,9 @@ def compare(
     known = None if judges.network is None else judges.network.classes
     reads_labels = prompts is None and known == class_count(dense)
     sample = partial(sample_images, seed=seed, batch_size=batch_size, options=options)
-    reference, best_by = _rehearse(
+    reference, best_by = rehearse(
         kinds, judges, conditions[:batch_size], sample, steps, scales, best_by, reads_labels
     )
-    runs = {
-        (model, scale): _Run(pipe, Tally(judges, reads_labels), calls_of(pipe))
-        for scale in scales
-        for model, pipe in kinds.items()
-    }
-    for first in range(0, num_images, batch_size):
-        chunk = conditions[first : first + batch_size]
-        for scale in scales:
-            made: dict[str, torch.Tensor] = {}
-            for model in kinds:
-                run = runs[model, scale]
-                with watched(run.calls):
-                    images, seconds = sample(
-                        run.pipe, chunk, steps=steps, guidance_scale=scale,
-                        first_image=first, advance=advance,
-                    )  # fmt: skip
-                made[model] = images
-                run.seconds.append(seconds / len(chunk))
-                run.tally.add(images, chunk, None if model == DENSE else made[DENSE])
-                run.keep(images)
-    sizes = {model: pipeline_size(pipe) for model, pipe in kinds.items()}
-    rows = tuple(
-        _row(model, scale, run, sizes[model], num_images, reference)
-        for (model, scale), run in runs.items()
-    )
-    metrics = known_metrics(judges, reference, [dict(row.metrics) for row in rows])
     setting = Setting(
         models=dict(names or _names(dense, pruned)),
         pipeline=type(dense).__name__,
@@ -153,6 +135,39 @@ def compare(
         command=command,
         **_machine(dense),
     )
+    runs = {
+        (model, scale): _Run(pipe, Tally(judges, reads_labels), calls_of(pipe))
+        for scale in scales
+        for model, pipe in kinds.items()
+    }
+    identity = {} if state is None else _identity(setting, judges, kinds)
+    done = 0 if state is None else load_state(state, identity, list(runs.values()))
+    advance(done * len(runs))
+    for first in range(done, num_images, batch_size):
+        chunk = conditions[first : first + batch_size]
+        for scale in scales:
+            made: dict[str, torch.Tensor] = {}
+            for model in kinds:
+                run = runs[model, scale]
+                with watched(run.calls):
+                    images, seconds = sample(
+                        run.pipe, chunk, steps=steps, guidance_scale=scale,
+                        first_image=first, advance=advance,
+                    )  # fmt: skip
+                made[model] = images
+                run.seconds.append(seconds / len(chunk))
+                run.tally.add(images, chunk, None if model == DENSE else made[DENSE])
+                run.keep(images)
+        if state is not None and first + batch_size < num_images:
+            save_state(state, identity, first + batch_size, list(runs.values()))
+    sizes = {model: pipeline_size(pipe) for model, pipe in kinds.items()}
+    rows = tuple(
+        _row(model, scale, run, sizes[model], num_images, reference)
+        for (model, scale), run in runs.items()
+    )
+    metrics = known_metrics(judges, reference, [dict(row.metrics) for row in rows])
+    if state is not None:
+        state.unlink(missing_ok=True)
     return Evaluation(
         rows=mark_best(rows, metrics),
         metrics=metrics,
@@ -161,118 +176,6 @@ def compare(
         notes=_notes(num_images, reference, draws_video(dense)),
         images={key: torch.cat(run.kept) for key, run in runs.items()},
     )
-
-
-def _check(
-    dense: DiffusionPipeline,
-    pruned: DiffusionPipeline,
-    judges: Judges,
-    prompts: Sequence[str] | None,
-    num_images: int,
-    scales: tuple[float | None, ...],
-    batch_size: int,
-) -> None:
-    """Refuse what cannot be compared."""
-    if type(dense) is not type(pruned):
-        raise ValueError(
-            f"compare: dense and pruned must be pipelines of one kind, got {type(dense).__name__} "
-            f"and {type(pruned).__name__}."
-        )
-    kind, name = find_condition(type(dense).__call__), type(dense).__name__
-    if kind is None:
-        raise ValueError(f"compare: dense must be class-conditional or asked in words, got {name}.")
-    if kind == "prompt" and not prompts:
-        raise ValueError(
-            f"compare: prompts must be given for {name}, which is asked in words, got none. "
-            "Give a file with one in a line: --prompts FILE."
-        )
-    if kind != "prompt" and prompts is not None:
-        raise ValueError(
-            f"compare: prompts must be left out for {name}, which takes no text, got "
-            f"{len(prompts)}. Labels run through all classes."
-        )
-    if kind != "prompt" and judges.prompt_scores:
-        found = ", ".join(score.metric.title for score in judges.prompt_scores)
-        raise ValueError(f"compare: {found} must be left out for {name}, which takes no text.")
-    if not scales or len(set(scales)) < len(scales):
-        raise ValueError(
-            f"compare: guidance_scales must be at least one, each once, got {list(scales)}."
-        )
-    if batch_size < 1:
-        raise ValueError(f"compare: batch_size must be at least 1, got {batch_size}.")
-    if num_images < judges.least_images():
-        raise ValueError(
-            f"compare: num_images must be at least {judges.least_images()}, got {num_images}: "
-            f"precision and recall look at {judges.neighbours} neighbours of each picture, the "
-            f"Inception score at {judges.splits} parts."
-        )
-
-
-def _rehearse(
-    kinds: Mapping[str, DiffusionPipeline],
-    judges: Judges,
-    conditions: list[Any],
-    sample: Callable[..., tuple[torch.Tensor, float]],
-    steps: int | None,
-    scales: tuple[float | None, ...],
-    best_by: str | None,
-    reads_labels: bool,
-) -> tuple[Reference | None, str | None]:
-    """Draw one short batch of each model and judge two of its pictures, before the long run.
-
-    First calls pay for set-up, which is not to be counted; and what a judge cannot take is found
-    out here. Returns the reference, and the metric that chooses the best guidance.
-    """
-    few = 2 if steps is None else min(2, steps)
-    extremes = dict.fromkeys((scales[0], max(scales, key=lambda s: s or 0.0)))
-    for scale in extremes:
-        made = {
-            model: sample(pipe, conditions, steps=few, guidance_scale=scale)[0]
-            for model, pipe in kinds.items()
-        }
-    if made[DENSE].shape != made[PRUNED].shape:
-        raise ValueError(
-            "compare: dense and pruned must draw pictures of one shape, got "
-            f"{tuple(made[DENSE].shape[1:])} and {tuple(made[PRUNED].shape[1:])}."
-        )
-    known, reference = [], None
-    if judges.reference is not None and judges.network is not None:
-        channels, height, width = made[DENSE].shape[-3:]
-        reference = judges.reference((channels, height, width))
-        _check_reference(reference, judges)
-        seen = judges.network(made[DENSE].reshape(-1, channels, height, width)[:1])
-        if seen.values.shape[1] != len(reference.moments.mean):
-            raise ValueError(
-                f"compare: reference must be of the {seen.values.shape[1]} features of "
-                f"{judges.network.name}, got {len(reference.moments.mean)} in {reference.name}."
-            )
-        known = ["frechet"]
-        known += [] if reference.features is None else ["precision", "recall"]
-        known += [] if seen.probabilities is None else ["inception_score"]
-        known += ["accuracy"] if reads_labels else []
-    Tally(judges).add(made[PRUNED][:2], conditions[:2], made[DENSE][:2])
-    scores = [score.metric.name for score in judges.prompt_scores]
-    return reference, _chooser(best_by, known[:1] + scores + known[1:])
-
-
-def _check_reference(reference: Reference, judges: Judges) -> None:
-    if reference.count is not None and reference.count <= judges.neighbours:
-        raise ValueError(
-            f"compare: reference must have more than {judges.neighbours} pictures, got "
-            f"{reference.count} in {reference.name}."
-        )
-
-
-def _chooser(best_by: str | None, known: list[str]) -> str | None:
-    if best_by is None:
-        return known[0] if known else None
-    if best_by not in known:
-        names = ", ".join(known) if known else "left out without a feature network or a score"
-        raise ValueError(
-            f"compare: best_by must be {names}, got {best_by!r}. It has to be measured of the "
-            "dense model too."
-        )
-    return best_by
 
 
 def _row(
@@ -303,6 +206,22 @@ def _names(dense: DiffusionPipeline, pruned: DiffusionPipeline) -> dict[str, str
         name = f"{name}, pruned in memory"
     unknown = "a pipeline in memory"
     return {DENSE: source_name(dense) or unknown, PRUNED: name or unknown}
+
+
+def _identity(
+    setting: Setting, judges: Judges, kinds: Mapping[str, DiffusionPipeline]
+) -> dict[str, Any]:
+    """Return all that decides what is found, as JSON holds it."""
+    others = [score.metric for score in judges.prompt_scores]
+    others += [] if judges.lpips is None else [judges.lpips.metric]
+    found = {name: value for name, value in asdict(setting).items() if name != "command"}
+    found["scores"] = [asdict(metric) for metric in others]
+    found["weights"] = {
+        model: fingerprint(component.denoiser for component in find_denoisers(pipe))
+        for model, pipe in kinds.items()
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(found))
+    return plain
 
 
 def _machine(pipe: DiffusionPipeline) -> dict[str, Any]:

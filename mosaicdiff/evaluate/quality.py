@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -111,11 +112,26 @@ class Tally:
             if self.judges.lpips is not None:
                 self._sums["lpips"] += count * self.judges.lpips(pictures, others)
 
+    @property
+    def features(self) -> Features | None:
+        """Features of all that was added; None without a network."""
+        return join(self._features) if self._features else None
+
+    def record(self) -> dict[str, Any]:
+        """Return all but the features, as JSON holds it."""
+        return {"sums": dict(self._sums), "count": self._count, "labels": self._labels}
+
+    def restore(self, record: Mapping[str, Any], features: Features | None) -> None:
+        """Go on from what `record` and `features` gave."""
+        self._sums.update(record["sums"])
+        self._count, self._labels = record["count"], list(record["labels"])
+        self._features = [] if features is None else [features]
+
     def metrics(self, reference: Reference | None) -> dict[str, float]:
         """Return the figures of all that was added."""
         found: dict[str, float] = {}
-        if reference is not None:
-            features = join(self._features)
+        features = self.features
+        if reference is not None and features is not None:
             found["frechet"] = frechet_distance(features.values.numpy(), reference.moments)
             if reference.features is not None:
                 found["precision"], found["recall"] = precision_recall(
