@@ -21,6 +21,7 @@ from .fusion import Fusion
 from .network import Network
 from .pixart import fuse_pixart
 from .products import Joins
+from .qwen import fuse_qwen
 from .sd3 import fuse_sd3
 from .unet import fuse_unet
 from .wan import fuse_wan
@@ -33,6 +34,7 @@ FUSIONS: dict[str, Callable[[Any, Joins], Fusion]] = {
     "UNet2DConditionModel": fuse_unet,
     "PixArtTransformer2DModel": fuse_pixart,
     "WanTransformer3DModel": fuse_wan,
+    "QwenImageTransformer2DModel": fuse_qwen,
 }
 
 

@@ -88,20 +88,20 @@ class Modulations:
     """What a conditioning vector does to all norms of a network: shifts, scales and gates.
 
     Args:
-        norms: diffusers' adaptive norms with a `linear` of the activated vector, of one width.
+        places: of linears of the activated vector, whose vectors are of one width.
         counts: how many vectors each makes, and which of them are scales: they get one added.
     """
 
     def __init__(
-        self, norms: Sequence[Any], counts: Sequence[tuple[int, tuple[int, ...]]], joins: Joins
+        self, places: Sequence[Place], counts: Sequence[tuple[int, tuple[int, ...]]], joins: Joins
     ) -> None:
-        self._product: JoinedLinear = joins.linear([(norm, "linear") for norm in norms])
-        self._width = norms[0].linear.out_features // counts[0][0]
+        self._product: JoinedLinear = joins.linear(places)
+        self._width = self._product.sizes[0] // counts[0][0]
         self._starts: dict[int, int] = {}
         scales: list[int] = []
         total = 0
-        for norm, (count, raised) in zip(norms, counts, strict=True):
-            self._starts[id(norm.linear.weight)] = total
+        for (*_, linear), (count, raised) in zip(self._product.places, counts, strict=True):
+            self._starts[id(linear.weight)] = total
             scales += [total + part for part in raised]
             total += count
         ones = torch.zeros(total, self._width)
@@ -110,9 +110,9 @@ class Modulations:
         self.once = OncePerCall(self._compute)
         self.refresh()
 
-    def start(self, norm: Any) -> int:
-        """Return where the vectors of a norm begin."""
-        return self._starts[id(norm.linear.weight)]
+    def start(self, linear: Any) -> int:
+        """Return where the vectors of a linear begin."""
+        return self._starts[id(linear.weight)]
 
     @property
     def places(self) -> list[tuple[nn.Module, str, Any]]:
@@ -149,6 +149,23 @@ class Modulations:
         # Of one sample the rows are vectors, which broadcast and serve a norm as they are.
         flat = out.reshape(-1) if len(out) == 1 else out[:, None]
         return flat.split(self._width, -1)
+
+
+def shared_modulations(
+    places: Sequence[Place],
+    counts: Sequence[tuple[int, tuple[int, ...]]],
+    joins: Joins,
+    fusion: Fusion,
+) -> Modulations:
+    """Return the modulations of a network, the same of all its stages; see `Modulations`."""
+    linears: list[Any] = [owner._modules[name] for owner, name in places]
+    key = tuple(id(linear.weight) for linear in linears)
+    found: Modulations = joins.shared(
+        ("modulations", *key), lambda: Modulations(places, counts, joins)
+    )
+    fusion.products.append(found)
+    fusion.once.append(found.once)
+    return found
 
 
 class Tables:

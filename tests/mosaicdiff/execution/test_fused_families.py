@@ -98,7 +98,7 @@ def test_follows_a_cast(case, dense, dtype):
 #: pixart-sigma 186 of 236, wan 282 of 341; these two have fewer vectors to join.
 SHARES = {
     "sd3": 0.61, "sd3.5": 0.65, "flux": 0.67, "flux-schnell": 0.68, "sd1.5": 0.78, "sdxl": 0.78,
-    "pixart-alpha": 0.83, "pixart-sigma": 0.8, "wan": 0.84, "wan-picture": 0.79,
+    "pixart-alpha": 0.83, "pixart-sigma": 0.8, "wan": 0.84, "wan-picture": 0.79, "qwen-image": 0.7,
 }  # fmt: skip
 
 
