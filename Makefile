@@ -12,7 +12,7 @@ DEMO ?= out/demo
 # of benchmarks/gpu.sh: build test models kernels sanitize bench; all of them by default
 PARTS ?=
 
-.PHONY: build demo check test test-models test-kernels sanitize gpu bench clean
+.PHONY: build demo check test test-models test-kernels test-browser sanitize gpu bench clean
 
 build: $(STAMP)
 
@@ -23,10 +23,11 @@ $(STAMP): $(SOURCES)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# Prune the embedded model by 30%, print dense beside pruned, draw both.
+# Prune the embedded model by 30%, print dense beside pruned, draw both, write the page.
 demo: build
 	$(BIN)/mosaicdiff prune digits --sparsity 0.3 --output $(DEMO)/digits-30 --overwrite
 	$(BIN)/mosaicdiff evaluate $(DEMO)/digits-30 --num-images 300 --grid $(DEMO)/grid.png
+	$(BIN)/mosaicdiff report $(DEMO)/digits-30 --num-images 100 --steps 25 --guidance-scale 1,2 --output $(DEMO)/report.html
 
 check: build
 	$(BIN)/ruff check .
@@ -44,6 +45,12 @@ test-models: build
 # The second tier: every kernel in every configuration, and the sanitizers.
 test-kernels: build
 	$(BIN)/python -m pytest -m kernels
+
+# The report in headless Chromium (Debian: apt-get install chromium), at the width of a desk and of
+# a phone; none, or one that does not start, is a failure.
+test-browser: build
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,browser]'
+	MOSAIC_REQUIRE_BROWSER=1 $(BIN)/python -m pytest -m browser
 
 # Every program of csrc/host under the address, undefined and thread sanitizers; one that does
 # not work here is a failure.

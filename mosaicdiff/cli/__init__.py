@@ -12,6 +12,7 @@ from .families import families
 from .generate import generate
 from .info import info
 from .prune import prune
+from .report import report
 from .stages import stages
 from .sweep import sweep
 
@@ -32,6 +33,7 @@ for _command in (
     sweep,
     generate,
     evaluate,
+    report,
     bench,
     info,
     families,

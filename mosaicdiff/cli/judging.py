@@ -143,12 +143,17 @@ def parse_scales(text: str | None) -> tuple[float | None, ...] | None:
         ) from None
 
 
-def judge_model(model: str, options: Mapping[str, Any]) -> Evaluation:
+def judge_model(
+    model: str,
+    options: Mapping[str, Any],
+    look: Callable[[DiffusionPipeline], None] = lambda pruned: None,
+) -> Evaluation:
     """Sample and judge a model beside its dense one, as the options say, showing progress.
 
     Args:
         model: as the user names it.
         options: of the command, by name.
+        look: is shown the pruned pipeline as soon as it is loaded.
 
     Raises:
         ValueError: an option is bad; before the models are sampled.
@@ -168,7 +173,7 @@ def judge_model(model: str, options: Mapping[str, Any]) -> Evaluation:
 
     # What is asked for by name is got before the models: a missing package shows at once.
     judges = _judges(options, target) if options["features"] is not None else None
-    dense, pruned, against = _load(model, options["against"], number, target)
+    dense, pruned, against = _load(model, options["against"], number, target, look)
     if judges is None:
         judges = _judges({**options, "features": _own_features(dense)}, target)
     by_class = texts is None
@@ -205,13 +210,18 @@ def _prompts(options: Mapping[str, Any]) -> tuple[str, ...] | None:
 
 
 def _load(
-    model: str, against: str | None, dtype: torch.dtype, device: torch.device
+    model: str,
+    against: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    look: Callable[[DiffusionPipeline], None],
 ) -> tuple[DiffusionPipeline, DiffusionPipeline, str]:
     """Return the dense pipeline, the pruned one, and the name of the dense one."""
     from ..runtime import StagedDenoiser
     from ..sources import find_denoiser, load_pipeline
 
     pruned = load_pipeline(model, dtype, device)
+    look(pruned)
     _, denoiser = find_denoiser(pruned)
     if against is None:
         against = denoiser.info.source if isinstance(denoiser, StagedDenoiser) else None
