@@ -126,8 +126,12 @@ class JointAttention:
             pairs.append((attention.norm_added_q, attention.norm_added_k))
         if self.text_first:
             pairs.reverse()
-        bare = all(norm is None for pair in pairs for norm in pair)
-        self._norms = None if bare else HeadNorms(pairs)
+        norms = [norm for pair in pairs for norm in pair]
+        self._norms: HeadNorms | None = None
+        if any(norm is not None for norm in norms):
+            # One for all stages with this attention: they run what was put there for the first.
+            key = tuple(id(getattr(norm, "weight", None)) for norm in norms)
+            self._norms = joins.shared(("norms", *key), lambda: HeadNorms(pairs))
         self._prepare(joins)
 
     def _prepare(self, joins: Joins) -> None:
