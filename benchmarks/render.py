@@ -7,7 +7,13 @@ import argparse
 import statistics
 from pathlib import Path
 
-from benchmarks import render_allocation, render_families, render_guidance, render_obsdiff
+from benchmarks import (
+    render_allocation,
+    render_composition,
+    render_families,
+    render_guidance,
+    render_obsdiff,
+)
 from benchmarks.rows import RESULTS, read_rows
 
 ROOT = Path(__file__).parent.parent
@@ -253,6 +259,7 @@ def main() -> None:
         ("guidance", render_guidance.guidance_table()),
         ("factors", factor_table()),
         ("cap", cap_table()),
+        ("composition", render_composition.composition_table()),
         ("speed", speed_table()),
         ("fused", fused_table()),
         ("kernels", kernel_table()),

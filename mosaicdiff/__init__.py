@@ -8,6 +8,7 @@ Importing this package also lets plain diffusers load what it saved.
 
 from .allocation.budget import Budget
 from .composition.lora import expand_lora, load_lora, unload_lora
+from .composition.storage import quantize
 from .config import PruneConfig
 from .execution import optimize, restore
 from .families import check_prunable
@@ -48,6 +49,7 @@ __all__ = [
     "optimize",
     "plan",
     "prune",
+    "quantize",
     "restore",
     "save_calibration",
     "save_single_file",

@@ -13,6 +13,7 @@ from torch import nn
 
 from .adapters import Adapter, adapter_for_class
 from .composition.composed import Composed
+from .composition.hindrances import check_plain_weights
 from .groups import Macs
 from .memory.swap import StageSwap
 from .memory.ties import equal_parameters, tie, tie_storages
@@ -130,6 +131,12 @@ class StagedDenoiser(Composed, ModelMixin, ConfigMixin):
             )
         if mode == self.stage_memory:
             return
+        if self.is_cache_enabled or self._loras is not None:
+            what = "a cache is on" if self.is_cache_enabled else "a LoRA is loaded"
+            raise ValueError(
+                f"set_stage_memory: mode must be {self.stage_memory!r} while {what}, got {mode!r}. "
+                "Call disable_cache() or mosaicdiff.unload_lora first."
+            )
         if self.swap is not None:
             self.swap.dissolve()
             self.swap = None
@@ -306,6 +313,7 @@ class StagedDenoiser(Composed, ModelMixin, ConfigMixin):
                 "save_pretrained: safe_serialization must be True, got False. "
                 "A staged denoiser is saved as safetensors only."
             )
+        check_plain_weights(self, "save_pretrained")
         if is_main_process:
             save(self, Path(save_directory), variant)
 

@@ -41,8 +41,9 @@ class BiasOnlyBlock(nn.Module):
         emb = norm.emb(timestep, class_labels, hidden_dtype=hidden_states.dtype)
         _, _, gate_attn, _, _, gate_ff = norm.linear(norm.silu(emb)).chunk(6, dim=1)
         layers: Any = self
-        hidden_states = hidden_states + gate_attn[:, None] * layers.attn1.bias
-        return hidden_states + gate_ff[:, None] * layers.ff.bias
+        first = hidden_states[:, :1]  # called, so that hooks that bring weights run
+        hidden_states = hidden_states + gate_attn[:, None] * layers.attn1(first)
+        return hidden_states + gate_ff[:, None] * layers.ff(first)
 
 
 class DiTAdapter(Family):

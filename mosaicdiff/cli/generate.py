@@ -40,6 +40,7 @@ _FRAME_RATE = 16
         "mosaicdiff generate digits --guidance-scale 1.5 --steps 20 --output pictures/",
         "mosaicdiff generate out/sd3 --prompt 'a cat' --prompt 'a red house' --output pictures/ "
         "--pipeline-option height=512 --pipeline-option width=512",
+        "mosaicdiff generate out/flux --prompt 'a cat' --lora style.safetensors --output cat.png",
     )
 )
 @click.argument("model")
@@ -57,6 +58,12 @@ _FRAME_RATE = 16
     help="1 is without guidance.  [default: 1; of --prompt the pipeline's own]",
 )
 @click.option("--seed", default=0, show_default=True)
+@click.option(
+    "--lora",
+    type=click.Path(path_type=Path),
+    help="File of a LoRA for the dense model, of which a pruned one takes what it kept.",
+)
+@click.option("--lora-scale", default=1.0, show_default=True, help="Of all of the LoRA.")
 @pipeline_option("Of its call")
 @pipeline_config_option
 @stage_memory_option
@@ -77,6 +84,8 @@ def generate(
     steps: int | None,
     guidance_scale: float | None,
     seed: int,
+    lora: Path | None,
+    lora_scale: float,
     pipeline_option: tuple[str, ...],
     pipeline_config: str | None,
     stage_memory: str,
@@ -100,11 +109,17 @@ def generate(
     parent = next(folder for folder in output.absolute().parents if folder.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise ValueError(f"--output must lie in a folder that can be written to, got {output}.")
+    if lora is not None and not lora.is_file():
+        raise ValueError(f"--lora must be a .safetensors file, got {lora}, which is not there.")
     target = pick_device(device)
     from ..evaluate.sampling import draws_video, sample_images
     from ..sources import load_pipeline
 
     pipe = load_pipeline(model, pick_dtype(dtype, target), target, pipeline_config, stage_memory)
+    if lora is not None:
+        from ..composition.lora import load_lora
+
+        load_lora(pipe, lora, scale=lora_scale)
     conditions = _conditions(pipe, labels, prompts)
     _check_kind(output, draws_video(pipe), len(conditions))
     by_class = isinstance(conditions[0], int)

@@ -170,7 +170,10 @@ def judge_model(
     number = pick_dtype(options["dtype"], target)
     from ..evaluate import compare
     from ..evaluate.evaluation import DENSE, PRUNED
+    from ..evaluate.state import check_state_file
 
+    if options["state"] is not None:
+        check_state_file(options["state"])
     # What is asked for by name is got before the models: a missing package shows at once.
     judges = _judges(options, target) if options["features"] is not None else None
     dense, pruned, against = _load(model, options["against"], number, target, look)

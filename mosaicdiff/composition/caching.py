@@ -109,6 +109,30 @@ class StageCaches:
         _set_cache_context(self._stages[stage], context)
 
 
+def check_execution(execution: Any, config: Any) -> None:
+    """Refuse a cache that fused execution goes past: it calls blocks, but not what is in them.
+
+    Args:
+        execution: that the denoiser is in; None where it is in none.
+
+    Raises:
+        ValueError: names the technique, or that the blocks are not called at all.
+    """
+    if execution is None:
+        return
+    technique = type(config).__name__
+    reason = None
+    if technique not in _BY_BLOCKS:
+        reason = "fused execution does not call the layers that it hooks"
+    elif any(network.captures or network.compiled for network in execution.networks):
+        reason = "compiled and captured networks do not call their blocks"
+    if reason is not None:
+        raise ValueError(
+            f"enable_cache: config must be another than {technique} while the model is optimized: "
+            f"{reason}. Call mosaicdiff.restore first."
+        )
+
+
 def _check(stages: Sequence[nn.Module], base_class: str, config: Any) -> None:
     """Refuse, with the reason, what would fail inside or give wrong numbers.
 

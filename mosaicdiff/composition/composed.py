@@ -10,13 +10,17 @@ import torch
 from diffusers.hooks.hooks import CacheContext
 from torch import nn
 
-from ..model_checks import check_not_optimized
-from .caching import StageCaches
+from ..groups import leading_parameter
+from ..model_checks import EXECUTION, check_not_optimized
+from .caching import StageCaches, check_execution
+from .hindrances import check_plain_weights, check_resident
 
 if TYPE_CHECKING:
     from ..runtime import StageInfo
     from ..trajectory.clock import StageClock
     from .lora import LoadedLoras
+
+_CPU = torch.device("cpu")
 
 
 class Composed:
@@ -52,8 +56,9 @@ class Composed:
         only one: a loop of your own that makes two goes around each with `cache_context`.
 
         Args:
-            config: `FirstBlockCacheConfig`, `PyramidAttentionBroadcastConfig`,
-                `TaylorSeerCacheConfig`; of one stage `MagCacheConfig` and `FasterCacheConfig` too.
+            config: `FirstBlockCacheConfig` (also on top of `mosaicdiff.optimize`),
+                `PyramidAttentionBroadcastConfig`, `TaylorSeerCacheConfig`; of one stage
+                `MagCacheConfig` and `FasterCacheConfig` too.
 
         Raises:
             ValueError: a cache is on already, or the technique does not work on this denoiser.
@@ -63,7 +68,8 @@ class Composed:
                 "enable_cache: no cache must be on, got "
                 f"{type(self._caches.config).__name__}. Call disable_cache() first."
             )
-        check_not_optimized(self, "enable_cache")
+        check_execution(self.__dict__.get(EXECUTION), config)
+        check_resident(self, "enable_cache")
         self._caches = StageCaches(list(self.stage_models), self.info.base_class, config)
         self._entered = None
 
@@ -77,6 +83,68 @@ class Composed:
             raise ValueError("disable_cache: a cache must be on, got none. Nothing is to be done.")
         self._caches.remove()
         self._caches = None
+
+    def enable_layerwise_casting(
+        self,
+        storage_dtype: torch.dtype = torch.float8_e4m3fn,
+        compute_dtype: torch.dtype | None = None,
+        skip_modules_pattern: tuple[str, ...] | None = None,
+        skip_modules_classes: tuple[type[nn.Module], ...] | None = None,
+        non_blocking: bool = False,
+    ) -> None:
+        """Store the layers in `storage_dtype` and compute in `compute_dtype`, as diffusers does.
+
+        The same layers are left out as of the dense model; what stages share is cast once.
+
+        Args:
+            storage_dtype: of the weights between calls.
+            compute_dtype: of the weights in a call; None means the type that they have.
+            skip_modules_pattern: regular expressions of names; None means diffusers' own.
+            skip_modules_classes: classes to leave as they are.
+            non_blocking: whether casts are waited for.
+
+        Raises:
+            ValueError: the weights are quantised, cast or offloaded already.
+        """
+        from .storage import cast_layerwise
+
+        check_not_optimized(self, "enable_layerwise_casting")
+        check_resident(self, "enable_layerwise_casting")
+        check_plain_weights(self, "enable_layerwise_casting")
+        compute_dtype = leading_parameter(self).dtype if compute_dtype is None else compute_dtype
+        cast_layerwise(
+            list(self.stage_models), storage_dtype, compute_dtype, skip_modules_pattern,
+            skip_modules_classes, non_blocking,
+        )  # fmt: skip
+
+    def enable_group_offload(
+        self,
+        onload_device: torch.device,
+        offload_device: torch.device = _CPU,
+        offload_type: str = "block_level",
+        **kwargs: Any,
+    ) -> None:
+        """Keep layers off the device between their calls, as diffusers does, leaf by leaf.
+
+        Args:
+            onload_device: where layers are called.
+            offload_device: where they are between calls.
+            offload_type: `leaf_level`.
+            kwargs: as of diffusers' models.
+
+        Raises:
+            ValueError: another type; diffusers would take a whole stage for a block.
+        """
+        if offload_type != "leaf_level":
+            raise ValueError(
+                "enable_group_offload: offload_type must be 'leaf_level' where the model is "
+                f"pruned, got {offload_type!r}: stages share blocks, and diffusers would move a "
+                "whole stage for each."
+            )
+        check_not_optimized(self, "enable_group_offload")
+        check_resident(self, "enable_group_offload")
+        parent: Any = super()
+        parent.enable_group_offload(onload_device, offload_device, offload_type, **kwargs)
 
     def load_lora_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refuse what the pipeline's own `load_lora_weights` calls.

@@ -11,11 +11,11 @@ from torch import nn
 
 from ..groups import Denoiser
 from ..model_checks import check_not_optimized
+from ..pack import StandIn
 from ..runtime import StagedDenoiser
+from .hindrances import check_plain_weights, check_resident
 from .lora_file import LoraSource, pairs_of, read_lora
 from .lora_slice import KeptParts, LoraPair, kept_parts
-
-_CASTING = "layerwise_casting"
 
 
 class LoadedLoras:
@@ -65,7 +65,8 @@ class LoadedLoras:
         for module, pairs in by_module.items():
             for stage in range(len(staged.stage_models)):
                 parts = stage_parts(staged, stage, module, shapes[module])
-                if 0 in parts.shape(shapes[module])[:2]:
+                gone = 0 in parts.shape(shapes[module])[:2]
+                if gone or _stood_for(staged.stage_models[stage], module):
                     continue  # nothing of it is left in this stage
                 weight = self._weight(stage, module)
                 key = (weight.data_ptr(), weight.shape, weight.stride())
@@ -84,6 +85,20 @@ class LoadedLoras:
         owner: Any = self._staged.stage_models[stage].get_submodule(module)
         weight: torch.Tensor = owner.weight.detach()
         return weight
+
+
+def _stood_for(stage: nn.Module, name: str) -> bool:
+    """Tell whether a module lay in a layer of which only biases are left."""
+    parents = name.split(".")
+    places = (".".join(parents[:depth]) for depth in range(1, len(parents)))
+    return any(isinstance(_found(stage, place), StandIn) for place in places)
+
+
+def _found(stage: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return stage.get_submodule(name)
+    except AttributeError:
+        return None
 
 
 def load_lora(
@@ -117,7 +132,7 @@ def load_lora(
             and the like; weights that are quantised, cast or offloaded. Nothing is changed then.
     """
     name, staged = _pruned(pipe, component, "load_lora")
-    _check_weights(staged)
+    check_plain_weights(staged, "load_lora")
     loaded = staged._loras or LoadedLoras(staged)
     if adapter_name in loaded.adapters:
         raise ValueError(
@@ -151,7 +166,7 @@ def unload_lora(
             f"unload_lora: a LoRA must be loaded, got {adapter_name or 'none'} of "
             f"{', '.join(known) or 'none'}."
         )
-    _check_weights(staged)
+    check_plain_weights(staged, "unload_lora")
     left = {n: p for n, p in loaded.adapters.items() if adapter_name not in (None, n)}
     loaded.set(left)
     if not left:
@@ -241,7 +256,7 @@ def _pruned(pipe: Any, component: str | None, caller: str) -> tuple[str, StagedD
     """Return the pruned denoiser, and the component that holds it.
 
     Raises:
-        ValueError: there is none, or it is in fused execution.
+        ValueError: there is none, or it is in fused execution or swapped.
     """
     if isinstance(pipe, StagedDenoiser):
         held = {"unet" if "UNet" in pipe.info.base_class else "transformer": pipe}
@@ -256,34 +271,8 @@ def _pruned(pipe: Any, component: str | None, caller: str) -> tuple[str, StagedD
             "dense model takes a LoRA by the pipeline's own load_lora_weights."
         )
     check_not_optimized(held[name], caller)
+    check_resident(held[name], caller)
     return name, held[name]
-
-
-def _check_weights(staged: StagedDenoiser) -> None:
-    """Refuse weights that nothing can be added to.
-
-    Raises:
-        ValueError: they are quantised, cast layer by layer, or not there.
-    """
-    for name, module in staged.named_modules():
-        hooks = getattr(module.__dict__.get("_diffusers_hook"), "hooks", {})
-        if any(_CASTING in hook for hook in hooks):
-            raise ValueError(
-                f"load_lora: {name} must hold its weights as they are, but layerwise casting has "
-                "rounded them. Load the model again, then the LoRA, and cast afterwards."
-            )
-    for name, parameter in staged.named_parameters():
-        plain = type(parameter.data) in (nn.Parameter, torch.Tensor)
-        if not plain or not parameter.is_floating_point() or parameter.dtype.itemsize == 1:
-            raise ValueError(
-                f"load_lora: {name} must be of 16 or 32 bits, but it is quantised. Load the LoRA "
-                "first, and quantise afterwards."
-            )
-        if parameter.is_meta:
-            raise ValueError(
-                f"load_lora: {name} must be in memory, but it is offloaded. Load the LoRA first, "
-                "and offload afterwards."
-            )
 
 
 def _check_shapes(staged: StagedDenoiser, pairs: list[LoraPair]) -> None:

@@ -29,6 +29,8 @@ from .state import check_state_file, fingerprint, load_state, save_state
 _KEPT, _KEPT_BYTES = 100, 1 << 27
 #: Pictures in d features below which the distance is mostly bias, as a multiple of d.
 _FEW = 2
+#: Batches from which a median of their times means something.
+_TIMED = 5
 
 
 @dataclass
@@ -168,12 +170,15 @@ def compare(
     metrics = known_metrics(judges, reference, [dict(row.metrics) for row in rows])
     if state is not None:
         state.unlink(missing_ok=True)
+    rows = mark_best(rows, metrics)
+    batches = -(-num_images // batch_size)
+    notes = _notes(num_images, batches, reference, draws_video(dense))
     return Evaluation(
-        rows=mark_best(rows, metrics),
+        rows=rows,
         metrics=metrics,
         best_by=best_by,
         setting=setting,
-        notes=_notes(num_images, reference, draws_video(dense)),
+        notes=notes + _edge_notes(rows, scales, best_by),
         images={key: torch.cat(run.kept) for key, run in runs.items()},
     )
 
@@ -243,7 +248,24 @@ def _machine(pipe: DiffusionPipeline) -> dict[str, Any]:
     }
 
 
-def _notes(num_images: int, reference: Reference | None, video: bool) -> tuple[str, ...]:
+def _edge_notes(
+    rows: Sequence[Row], scales: tuple[float | None, ...], best_by: str | None
+) -> tuple[str, ...]:
+    """Say where the best guidance may lie beyond the sweep."""
+    numbers = [scale for scale in scales if scale is not None]
+    if len(numbers) < 2:
+        return ()
+    return tuple(
+        f"The {row.model} model is best at guidance {row.guidance_scale:g}, the largest that was "
+        "tried: its best may lie beyond."
+        for row in rows
+        if best_by in row.best_by and row.guidance_scale == max(numbers)
+    )
+
+
+def _notes(
+    num_images: int, batches: int, reference: Reference | None, video: bool
+) -> tuple[str, ...]:
     """Say what has to be known to read the figures."""
     notes = []
     if reference is not None:
@@ -261,6 +283,11 @@ def _notes(num_images: int, reference: Reference | None, video: bool) -> tuple[s
             notes.append(
                 f"Precision and recall are left out: {reference.name} holds statistics only."
             )
+    if batches < _TIMED:
+        notes.append(
+            f"Seconds are the median of {batches} batches, which is rough: time it by "
+            "`mosaicdiff bench`, or take more batches on a machine that does nothing else."
+        )
     if video:
         notes.append("Of videos, every frame counts as a picture.")
     return tuple(notes)

@@ -116,8 +116,9 @@ class InceptionNetwork:
                 "mosaicdiff", wanted, feature_extractor_weights_path=path
             )
         except (URLError, OSError, RuntimeError) as error:
+            first = str(error).partition("\n")[0]  # the rest are names of all parameters
             raise ValueError(
-                f"evaluate: the weights of {what} could not be loaded: {error} Give their file: "
+                f"evaluate: the weights of {what} could not be loaded: {first} Give their file: "
                 "--features inception:FILE, of torch-fidelity's release v0.2.0."
             ) from None
         self._network, self._device = network.to(device), torch.device(device)

@@ -35,6 +35,7 @@ class Network:
         if fusion.once:
             forward = _OneCall(forward, fusion.once).forward
         self.run: Forward = forward if compile is None else _compiled(forward, compile)
+        self.compiled = compile is not None
         self._graphs = GraphRunner(self.run) if cuda_graphs else None
         self._joined: list[int] = []
 

@@ -209,6 +209,19 @@ def test_what_cannot_be_cached_is_refused_and_changes_nothing(make, config, mess
     assert not denoiser.is_cache_enabled
 
 
+def test_magcache_with_one_stage():
+    pipe = pruned(stages=1)
+    expected = sample(pipe, 9)
+    count = calls_of_last_block(pipe.transformer)
+    ratios = torch.ones(9)
+    pipe.transformer.enable_cache(
+        MagCacheConfig(mag_ratios=ratios, num_inference_steps=9, threshold=0.5)
+    )
+    first, second = sample(pipe, 9), sample(pipe, 9)
+    assert np.array_equal(first, second) and 0 < np.abs(first - expected).max() < 0.2
+    assert 2 <= count[0] < 18 and count[0] % 2 == 0
+
+
 def test_a_second_cache_and_none_to_disable_are_refused():
     denoiser = staged_flux()
     with pytest.raises(ValueError, match="a cache must be on, got none"):

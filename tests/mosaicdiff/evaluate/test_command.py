@@ -100,6 +100,7 @@ def test_prompts_are_scored(tiny_sd3_folder, clip_folder, tmp_path):  # noqa: F8
         (("--image-size", "x"), "--image-size must be such as 512 or 480x832"),
         (("--pipeline-option", "strength=1"), "options must be among"),
         (("--neighbours", 0), "--neighbours must be at least 1"),
+        (("--state", "x.json"), "state must be a .npz in a folder that exists, got x.json"),
     ],
 )
 def test_mistakes_are_refused(small, options, message):

@@ -131,6 +131,18 @@ def test_each_model_has_its_own_best_guidance(swept):
     assert ratio.macs > 1
 
 
+def test_a_best_at_the_end_of_the_sweep_is_told(swept):
+    for model in ("dense", "pruned"):
+        told = f"The {model} model is best at guidance 2, the largest that was tried"
+        at_the_end = swept.best(model).guidance_scale == 2.0
+        assert any(note.startswith(told) for note in swept.notes) == at_the_end
+    rows = mark_best(rows_of(2.0, 1.0), (Metric("x", "x", "lower", "itself"),))
+    module = sys.modules["mosaicdiff.evaluate.compare"]
+    assert len(module._edge_notes(rows, (0.0, 1.0), "x")) == 1
+    assert module._edge_notes(rows, (0.0, 1.0), None) == ()
+    assert module._edge_notes(rows[:1], (0.0, 1.0), "x") == ()
+
+
 def test_it_is_plain_values(swept):
     values = json.loads(json.dumps(swept.to_dict()))
     assert len(values["rows"]) == 4 and "images" not in values
@@ -141,6 +153,7 @@ def test_it_is_plain_values(swept):
     assert setting["reference"] == "noise" and setting["reference_images"] == 20
     assert setting["conditions"] == list(range(6)) and setting["seed"] == 0
     assert any("biased upwards" in note for note in values["notes"])
+    assert any("the median of 2 batches" in note for note in values["notes"])
 
 
 def test_batches_do_not_matter(swept, pair, real):

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from mosaicdiff import digits
-from mosaicdiff.evaluate import optional
+from mosaicdiff.evaluate import frechet_distance, optional
+from mosaicdiff.evaluate.inception_score import inception_score
 from mosaicdiff.evaluate.networks import DigitsNetwork, extract, feature_network, to_bytes
+from mosaicdiff.evaluate.precision_recall import precision_recall
 
 
 def test_digits_are_read_and_batches_do_not_matter():
@@ -102,5 +104,40 @@ def test_inception_gives_features_and_probabilities(inception_weights):
 
 def test_weights_of_something_else_are_refused(inception_weights, tmp_path):
     torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(ValueError, match="weights of --features inception could not be loaded"):
+    with pytest.raises(ValueError, match="inception could not be loaded") as caught:
         feature_network(f"inception:{tmp_path / 'other.pth'}")
+    assert len(str(caught.value)) < 400  # not every name that is missing
+
+
+def test_figures_are_those_of_torch_fidelity(inception_weights):
+    """The same pictures through its own command: distance, score, precision and recall."""
+    fidelity = pytest.importorskip("torch_fidelity", exc_type=ImportError)
+    noise = torch.Generator().manual_seed(4)
+    a, b = (torch.rand(12, 3, 24, 24, generator=noise) * 2 - 1 for _ in range(2))
+    b = torch.nn.functional.avg_pool2d(b, 3, 1, 1) + 0.3
+    network = feature_network(f"inception:{inception_weights}")
+    one, other = network(a), network(b)
+    expected = fidelity.calculate_metrics(
+        input1=_Pictures(to_bytes(a)), input2=_Pictures(to_bytes(b)), cuda=False, verbose=False,
+        fid=True, isc=True, prc=True, isc_splits=3, prc_neighborhood=3, batch_size=12, cache=False,
+        samples_shuffle=False, save_cpu_ram=True, feature_extractor="inception-v3-compat",
+        feature_extractor_weights_path=str(inception_weights),
+    )  # fmt: skip
+    distance = frechet_distance(one.values.numpy(), other.values.numpy())
+    assert distance == pytest.approx(expected["frechet_inception_distance"], rel=1e-3)
+    mean, _ = inception_score(one.probabilities, splits=3)
+    assert mean == pytest.approx(expected["inception_score_mean"], rel=1e-4)
+    # Its second input is the reference, and precision is of the first.
+    found = precision_recall(other.values, one.values)
+    assert found == pytest.approx((expected["precision"], expected["recall"]))
+
+
+class _Pictures(torch.utils.data.Dataset):
+    def __init__(self, pixels):
+        self.pixels = pixels
+
+    def __len__(self):
+        return len(self.pixels)
+
+    def __getitem__(self, index):
+        return self.pixels[index]

@@ -1,8 +1,11 @@
 """Scores of other packages, on tiny models of theirs with random weights."""
 
+import sys
+
 import pytest
 import torch
 
+from mosaicdiff.evaluate.networks import feature_network
 from mosaicdiff.evaluate.scores import ClipScore, ImageRewardScore, Lpips
 
 PROMPTS = ["cat", "dog", "c0"]
@@ -73,24 +76,23 @@ def test_a_clip_model_that_is_not_there_is_refused(tmp_path):
         ClipScore(str(tmp_path / "nothing"))
 
 
-def test_image_reward_without_its_package_is_refused():
-    try:
-        import ImageReward  # noqa: F401
-    except ImportError:
-        with pytest.raises(ValueError, match="pip install image-reward"):
-            ImageRewardScore()
-    else:
-        pytest.skip("ImageReward is installed: it would download its weights")
-
-
-def test_lpips_without_its_package_is_refused():
-    try:
-        import lpips  # noqa: F401
-    except ImportError:
-        with pytest.raises(ValueError, match="pip install lpips"):
-            Lpips()
-    else:
-        pytest.skip("lpips is installed: it would download its weights")
+@pytest.mark.parametrize(
+    "module, package, make",
+    [
+        ("ImageReward", "image-reward", ImageRewardScore),
+        ("lpips", "lpips", Lpips),
+        ("transformers", "transformers", lambda: ClipScore("any")),
+        (
+            "torch_fidelity.feature_extractor_inceptionv3",
+            "torch-fidelity",
+            lambda: feature_network("inception"),
+        ),
+    ],
+)
+def test_a_missing_package_is_refused_with_its_cure(monkeypatch, module, package, make):
+    monkeypatch.setitem(sys.modules, module, None)  # importing it raises, installed or not
+    with pytest.raises(ValueError, match=f"needs the package {package}.*pip install {package}"):
+        make()
 
 
 def test_lpips_of_a_random_trunk():
