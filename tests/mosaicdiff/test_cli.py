@@ -29,7 +29,8 @@ def pruned(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "command", ["stages", "prune", "generate", "evaluate", "bench", "info", "doctor"]
+    "command",
+    ["stages", "prune", "generate", "evaluate", "report", "bench", "info", "doctor"],
 )
 def test_help_shows_an_example(command):
     result = run(command, "--help")
