@@ -243,6 +243,23 @@ def test_fused_stages_swap(staged, first):
         assert same(run_stages(staged), expected)
 
 
+def test_fused_and_compiled_stages_swap(staged):
+    torch._dynamo.reset()
+    with torch.no_grad():
+        mosaicdiff.optimize(staged)
+        expected = run_stages(staged)
+        mosaicdiff.restore(staged)
+        staged.set_stage_memory("swap")
+        mosaicdiff.optimize(staged, compile={"backend": "eager"})
+        frames = torch._dynamo.utils.counters["frames"]
+        assert same(run_stages(staged), expected)
+        made = frames["ok"]
+        for _ in range(2):
+            assert same(run_stages(staged), expected)
+        assert frames["ok"] == made
+    torch._dynamo.reset()
+
+
 def max_live(staged):
     sizes = []
     for k in range(len(staged.stage_models)):
