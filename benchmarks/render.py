@@ -147,6 +147,23 @@ def speed_table() -> str:
     return "\n".join(lines)
 
 
+def fused_table() -> str:
+    """One line a network: operations and time, as diffusers runs it and fused."""
+    lines = [
+        "| network | operations, views | fused | time | fused | speed-up | distance |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in read_rows(RESULTS / "fused.csv"):
+        lines.append(
+            f"| {r['model']}, {r['dtype']}, {r['device']} | "
+            f"{r['eager_operations']}, {r['eager_views']} | "
+            f"{r['fused_operations']}, {r['fused_views']} | {float(r['eager_ms']):.1f} ms | "
+            f"{float(r['fused_ms']):.1f} ms | {float(r['speedup']):.2f}x | "
+            f"{float(r['distance']):.0e} |"
+        )
+    return "\n".join(lines)
+
+
 def draw_quality(path: Path) -> None:
     """Draw distance and squared error over sparsity."""
     from matplotlib.figure import Figure
@@ -244,6 +261,7 @@ def main() -> None:
         ("cap", cap_table()),
         ("composition", render_composition.composition_table()),
         ("speed", speed_table()),
+        ("fused", fused_table()),
         ("kernels", kernel_table()),
         ("errors", error_table()),
     ):

@@ -68,7 +68,9 @@ class PruneConfig:
         seed: of everything that is drawn.
         null_share: share of the calibration samples that carry the null condition, in [0, 1].
         damping: added to the Hessian's diagonal, relative to its mean.
-        round_to: kept FFN neurons are a multiple of this (or all of them).
+        round_to: kept FFN neurons are a multiple of this (or all of them); `auto`: neurons and
+            heads of what is worth its time on the device at hand, measured there for calls of
+            `latency_batch` rows and kept in the user's cache.
         weighting: of the layers' errors in `optimal`: `raw`, by how much the denoiser's output
             depends on the layer's (`sensitivity`), or that times how much the final latents
             depend on the stage's outputs (`trajectory`).
@@ -135,7 +137,7 @@ class PruneConfig:
     seed: int = 0
     null_share: float = 0.1
     damping: float = 0.01
-    round_to: int = 1
+    round_to: int | str = 1
     weighting: str = "trajectory"
     choice: str = "separate"
     granularity: str = "structured"

@@ -217,12 +217,13 @@ def _check_shares(config: PruneConfig) -> None:
 
 def _check_counts(config: PruneConfig) -> None:
     counts = (
-        "steps", "samples", "round_to", "bins", "max_stages", "latency_batch",
+        "steps", "samples", "bins", "max_stages", "latency_batch",
         "probe_samples",
     )  # fmt: skip
     least = dict.fromkeys(counts, 1) | {"least_heads": 0, "least_neurons": 0}
-    if config.batch_size != "auto":
-        least["batch_size"] = 1
+    for name in ("batch_size", "round_to"):
+        if getattr(config, name) != "auto":
+            least[name] = 1
     require_whole_numbers(config, least)
     if not isinstance(config.seed, int) or config.seed < 0:
         raise ValueError(

@@ -109,6 +109,7 @@ class PrunableLayer:
         module: that holds the groups, where it is not `name`.
         attributes: integers of that module which say how wide it is: name, and units a group.
         least: groups that must stay, where the module cannot do without.
+        unit: kept groups are multiples of this, or all, where a request leaves it to the device.
     """
 
     name: str
@@ -123,6 +124,7 @@ class PrunableLayer:
     module: str = ""
     attributes: tuple[tuple[str, int], ...] = ()
     least: int = 0
+    unit: int = 1
 
     def __post_init__(self) -> None:
         for name, kind in (("readers", Columns), ("writers", Rows)):  # dicts, if they are from JSON

@@ -22,7 +22,7 @@ from .inputs.resting import encoders_at_rest
 from .packages.prune import in_packages, prune_in_packages
 from .report import PruneReport
 from .reporting import report_of
-from .request import Job, prepare, sampling_of
+from .request import Job, allowed_layers, prepare, sampling_of
 from .runtime import StagedDenoiser
 from .shared_norms import fold_statistics, with_norm_errors
 from .solving.fit import assemble, last_groups_removed
@@ -315,7 +315,7 @@ def cut(denoiser: Denoiser, config: PruneConfig, *, scheduler: Any) -> StagedDen
     if config.budget.unit != "sparsity":
         raise ValueError(f"cut: budget must be a sparsity, got {config.budget}.")
     adapter = adapter_for(denoiser)
-    layers = adapter.layers(denoiser, config.shared_norms)
+    layers = allowed_layers(adapter, denoiser, config)
     frame = make_frame(scheduler, config, None, sampling_of(adapter, denoiser))
     made = share_plan(layers, frame, config, config.budget.value)
     return assemble(adapter, denoiser, made, config, last_groups_removed(denoiser, made))

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from .adapters import Adapter, adapter_for
 from .allocation.costs import CostModel, layer_sizes
 from .allocation.planning import Frame, effort_bounds, make_frame, share_plan
+from .allocation.units import with_units
 from .config import PruneConfig
 from .groups import Denoiser, Macs, PrunableLayer, leading_parameter
 from .inputs.asked import CalibrationSource, read_asked, read_data, with_batch
@@ -134,7 +135,7 @@ def prepare(
     _check_family(adapter, scheduler)
     sampling = sampling_of(adapter, denoiser)
     asked = read_asked(prompts, pipeline, config, calibration, measured is not None, cache)
-    layers = adapter.layers(denoiser, config.shared_norms)
+    layers = allowed_layers(adapter, denoiser, config)
     _check_norms(adapter, denoiser, config)
     config = _with_ends(config, adapter, denoiser)
     # Refuse what no calibration could save before reading it; the power of its latents comes later.
@@ -179,6 +180,23 @@ def prepare(
     return Job(
         denoiser, adapter, scheduler, layers, frame, config, costs, data, measured, pipeline,
         part.name or None, asked.sampled, sampling=sampling, partner=_partner(pipeline, part),
+    )  # fmt: skip
+
+
+def allowed_layers(
+    adapter: Adapter, denoiser: Denoiser, config: PruneConfig
+) -> tuple[PrunableLayer, ...]:
+    """Return the layers of a denoiser, with units of its device where `round_to` is `auto`.
+
+    Raises:
+        ValueError: units are asked for where nothing can be timed.
+    """
+    layers = adapter.layers(denoiser, config.shared_norms)
+    if config.round_to != "auto":
+        return layers
+    return with_units(
+        layers, denoiser, adapter,
+        batch_size=config.latency_batch, shared_norms=config.shared_norms,
     )  # fmt: skip
 
 

@@ -19,7 +19,8 @@ Errors = Sequence[Sequence[np.ndarray]]
 def allowed_levels(layer: PrunableLayer, config: PruneConfig) -> list[int]:
     """List the numbers of groups of a layer that may be removed, 0 first.
 
-    Kept neurons are a multiple of `round_to`, or all of them, and not fewer than the least.
+    Kept neurons are a multiple of `round_to`, or all of them, and not fewer than the least. With
+    `auto` kept groups of either kind are a multiple of the layer's own unit.
 
     Raises:
         ValueError: the least, or the multiple, is more than the layer has.
@@ -31,7 +32,9 @@ def allowed_levels(layer: PrunableLayer, config: PruneConfig) -> list[int]:
             f"prune: least_{layer.kind} must be at most {layer.groups}, the {layer.kind} of "
             f"{layer.name}, got {least}."
         )
-    if not heads and config.round_to > layer.groups:
+    auto = config.round_to == "auto"
+    multiple = layer.unit if auto else 1 if heads else int(config.round_to)
+    if multiple > layer.groups:
         raise ValueError(
             f"prune: round_to must be at most {layer.groups}, the neurons of {layer.name}, got "
             f"{config.round_to}. Take a divisor of that, e.g. 64."
@@ -40,8 +43,7 @@ def allowed_levels(layer: PrunableLayer, config: PruneConfig) -> list[int]:
         return [0]
     if config.granularity != "structured":
         return [0] if least > 0 else [0, layer.groups]
-    unit = 1 if heads else config.round_to
-    kept = {layer.groups, *(n for n in range(0, layer.groups + 1, unit) if n >= least)}
+    kept = {layer.groups, *(n for n in range(0, layer.groups + 1, multiple) if n >= least)}
     return sorted(layer.groups - n for n in kept)
 
 

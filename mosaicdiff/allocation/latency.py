@@ -124,7 +124,7 @@ class LatencyTable:
         Raises:
             ValueError: another device, thread count, dtype, batch size, torch or denoiser.
         """
-        here = _conditions(denoiser, batch_size, shared_norms)
+        here = measured_under(denoiser, batch_size, shared_norms)
         network = here.pop("network")
         for name, value in here.items():
             self._same(name, value)
@@ -289,7 +289,7 @@ def measure_table(
         curves[shape] = counts, tuple(value - beside for value in took)
     fixed_ms = dense_ms - sum(curves[shape][1][-1] for _, shape in layers)
     return LatencyTable(
-        **_conditions(denoiser, batch_size, shared_norms),
+        **measured_under(denoiser, batch_size, shared_norms),
         fixed_ms=max(0.0, fixed_ms),
         excess_ms=max(0.0, -fixed_ms),
         dense_ms=dense_ms,
@@ -328,20 +328,20 @@ def latency_table(
     }  # fmt: skip
     if cache is None:
         return measure_table(denoiser, adapter, **options)
-    folder = _user_cache() if cache == "user" else Path(cache)
-    key = json.dumps([_LAYOUT, _conditions(denoiser, batch_size, shared_norms)])
+    folder = user_cache() if cache == "user" else Path(cache)
+    key = json.dumps([_LAYOUT, measured_under(denoiser, batch_size, shared_norms)])
     path = folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
     if path.exists() and not refresh:
         table = LatencyTable.load(path)
         table.check(denoiser, batch_size, shared_norms)
         return table
-    _make_writable(folder)
+    make_writable(folder)
     table = measure_table(denoiser, adapter, **options)
     table.save(path)
     return table
 
 
-def _conditions(denoiser: Denoiser, batch_size: int, shared_norms: str) -> dict[str, Any]:
+def measured_under(denoiser: Denoiser, batch_size: int, shared_norms: str) -> dict[str, Any]:
     """Return everything but the numbers: what must agree for a table to hold."""
     parameter = leading_parameter(denoiser)
     if parameter.device.type == "cuda":
@@ -378,12 +378,13 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _user_cache() -> Path:
+def user_cache() -> Path:
+    """Return the folder of what was measured on this machine."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     return base / "mosaicdiff" / "latency"
 
 
-def _make_writable(folder: Path) -> None:
+def make_writable(folder: Path) -> None:
     """Refuse before a measurement, not after it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -39,7 +39,7 @@ _FIELDS = (
     "weighting", "choice", "granularity", "depth_rank", "least_heads", "least_neurons",
     "latency_batch", "latency_table", "bins", "max_stages", "probe_samples", "criterion",
     "compensation", "samples", "seed", "steps", "threshold", "snr_weight", "max_sparsity",
-    "null_share", "damping", "round_to", "activations", "shared_norms",
+    "null_share", "damping", "activations", "shared_norms",
 )  # fmt: skip
 _SEARCH_FIELDS = {
     "search_genes": "genes", "search_within": "within", "fitness": "fitness",
@@ -193,7 +193,13 @@ allocation_options = _options(
     ),
     _number("--max-sparsity", "The most one stage may give."),
     _number("--max-stages", "Of --stages auto."),
-    _number("--round-to", "Keep FFN neurons in multiples of this."),
+    click.option(
+        "--round-to",
+        default=str(_DEFAULTS.round_to),
+        show_default=True,
+        help="Keep FFN neurons in multiples of this; auto: neurons and heads in those that are "
+        "worth their time on --device, which is measured once (--latency-batch rows).",
+    ),
     _choice(
         "--shared-norms",
         SHARED_NORMS,
@@ -290,8 +296,9 @@ def read_config(context: click.Context, options: dict[str, Any]) -> PruneConfig:
     if budgets:  # a budget given here takes the place of the file's
         values = {name: value for name, value in values.items() if name not in UNITS} | budgets
     values.update({name: options[name] for name in _FIELDS if given(name)})
-    if given("batch_size"):
-        values["batch_size"] = parse_count(options["batch_size"])
+    for name in ("batch_size", "round_to"):
+        if given(name):
+            values[name] = parse_count(options[name])
     if given("allocation") and options["allocation"] is not None:
         values.update(_parse_allocation(options["allocation"]))
     if given("stages") and options["stages"] is not None:

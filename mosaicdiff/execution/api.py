@@ -19,9 +19,12 @@ from .dit import fuse_dit
 from .flux import fuse_flux
 from .fusion import Fusion
 from .network import Network
+from .pixart import fuse_pixart
 from .products import Joins
+from .qwen import fuse_qwen
 from .sd3 import fuse_sd3
 from .unet import fuse_unet
+from .wan import fuse_wan
 
 #: How to fuse a denoiser, by its class in diffusers.
 FUSIONS: dict[str, Callable[[Any, Joins], Fusion]] = {
@@ -29,6 +32,9 @@ FUSIONS: dict[str, Callable[[Any, Joins], Fusion]] = {
     "SD3Transformer2DModel": fuse_sd3,
     "FluxTransformer2DModel": fuse_flux,
     "UNet2DConditionModel": fuse_unet,
+    "PixArtTransformer2DModel": fuse_pixart,
+    "WanTransformer3DModel": fuse_wan,
+    "QwenImageTransformer2DModel": fuse_qwen,
 }
 
 

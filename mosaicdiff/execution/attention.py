@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from .fusion import Fusion
 from .products import Joins
-from .shared import SharedProducts
+from .shared import Part
 
 
 class SelfAttention:
@@ -60,16 +60,14 @@ class CrossAttention:
 
     Args:
         attention: diffusers' `Attention`, of any number of heads.
-        keys_values: of the stream, for this layer among others.
+        key: what the stream gives to this layer, made for all layers together.
+        value: likewise.
     """
 
-    def __init__(self, attention: Any, keys_values: SharedProducts) -> None:
+    def __init__(self, attention: Any, key: Part, value: Part) -> None:
         check_attention(attention)
-        self._attention, self._shared = attention, keys_values
+        self._attention, self._key, self._value = attention, key, value
         self._to_q, self._out = attention.to_q, attention.to_out[0]
-        self._key, self._value = (
-            keys_values.index[id(linear)] for linear in (attention.to_k, attention.to_v)
-        )
 
     def install(self, fusion: Fusion) -> None:
         """Say what this uses."""
@@ -94,8 +92,8 @@ class CrossAttention:
         attention = self._attention
         heads = (attention.heads, -1)
         query = self._to_q(hidden_states).unflatten(-1, heads).transpose(1, 2)
-        key = self._shared(encoder_hidden_states, self._key).unflatten(-1, heads).transpose(1, 2)
-        value = self._shared(encoder_hidden_states, self._value).unflatten(-1, heads)
+        key = self._key(encoder_hidden_states).unflatten(-1, heads).transpose(1, 2)
+        value = self._value(encoder_hidden_states).unflatten(-1, heads)
         if attention.norm_q is not None:
             query = attention.norm_q(query)
         if attention.norm_k is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -9,10 +10,11 @@ import torch
 from ..adapters.joint import NoHeads
 from .attention import refuse
 from .fusion import Fusion
-from .joint import FinalNorm, JointBlock, modulations_of
+from .joint import FinalNorm, JointBlock, clipped, modulations_of
 from .joint_attention import FluxAttention, Rotary, signed
+from .once import OncePerCall
 from .products import Joins, Place
-from .shared import Modulations, OncePerCall, modulated
+from .shared import Modulations, modulated
 
 
 def fuse_flux(model: Any, joins: Joins) -> Fusion:
@@ -25,8 +27,9 @@ def fuse_flux(model: Any, joins: Joins) -> Fusion:
     turned: OncePerCall = joins.shared(("rotary",), lambda: OncePerCall(signed))
     fusion.once.append(turned)
     fusion.forwards.append((model.norm_out, FinalNorm(model.norm_out, modulations).forward))
+    attend = functools.partial(FluxAttention, joins=joins, turned=turned)
     for block in blocks:
-        double = _Block(block, modulations, joins, fusion, FluxAttention, turned=turned)
+        double = _Block.of_norms(block, modulations, fusion, attend)
         fusion.forwards.append((block, double.forward))
     for block in singles:
         single = _SingleBlock(block, modulations, joins, fusion, turned)
@@ -51,7 +54,7 @@ class _Block(JointBlock):
             image_rotary_emb=image_rotary_emb,
             **(joint_attention_kwargs or {}),
         )
-        return None if text is None else _clipped(text), image
+        return None if text is None else clipped(text), image
 
 
 class _Projected(FluxAttention):
@@ -66,6 +69,7 @@ class _Projected(FluxAttention):
         fusion.forwards.append((attention, self.forward))
         fusion.processors.append((attention, attention.processor))
         fusion.hold(attention, "norm_q", "norm_k")
+        fusion.products.append(self._norms)
 
     def forward(  # type: ignore[override]
         self,
@@ -77,8 +81,8 @@ class _Projected(FluxAttention):
         """Return the heads side by side, (B, T, H * D), of projections (B, T, 3 * H * D)."""
         refuse(kwargs)
         parts = hidden_states.unflatten(-1, (3, self._attention.heads, -1))
-        streams = [(parts, self._image_norms)]
-        return self._mix(*self._heads(streams, image_rotary_emb), attention_mask)
+        query, key, value = self._heads(parts, [parts.shape[1]], image_rotary_emb)
+        return self._mix(query, key, value, attention_mask)
 
 
 class _SingleBlock:
@@ -92,7 +96,7 @@ class _SingleBlock:
         fusion: Fusion,
         turned: OncePerCall,
     ) -> None:
-        self._modulations, self._at = modulations, modulations.start(block.norm)
+        self._modulations, self._at = modulations, modulations.start(block.norm.linear)
         self._norm = block.norm.norm
         self._attention, self._activation, self._out = fusion.hold(
             block, "attn", "act_mlp", "proj_out"
@@ -138,11 +142,6 @@ class _SingleBlock:
                 **(joint_attention_kwargs or {}),
             )
             read = torch.cat([heads, read], -1)
-        stream = _clipped(torch.addcmul(stream, gate, self._out(read)))
+        stream = clipped(torch.addcmul(stream, gate, self._out(read)))
         text, image = stream.split(sizes, 1)
         return text, image
-
-
-def _clipped(stream: torch.Tensor) -> torch.Tensor:
-    """Keep what is in half precision finite, as diffusers does."""
-    return stream.clip(-65504, 65504) if stream.dtype == torch.float16 else stream

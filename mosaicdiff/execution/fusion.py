@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from .once import OncePerCall
 from .products import EqualModules
-from .shared import OncePerCall
 
 Forward = Callable[..., Any]
 

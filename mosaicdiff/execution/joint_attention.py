@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from .attention import check_attention, mix, refuse
 from .fusion import Fusion
+from .once import OncePerCall
 from .products import Joins
-from .shared import OncePerCall
 
 #: Cosines and sines of rotary embeddings, (T, D) each.
 Rotary = tuple[torch.Tensor, torch.Tensor]
@@ -24,35 +24,63 @@ _TEXT = ("add_q_proj", "add_k_proj", "add_v_proj")
 
 
 class HeadNorms:
-    """Norms of queries and of keys by head, both at once.
+    """Norms of queries and of keys by head, of all streams at once.
+
+    Their weights are copied side by side; `refresh` follows them.
 
     Args:
-        norms: of queries and of keys: RMS norms with weights, or None and None.
+        streams: norms of queries and of keys, of each stream in its order: RMS norms with weights.
     """
 
-    def __init__(self, norms: Sequence[Any]) -> None:
-        self.present = norms[0] is not None
-        if [norm is None for norm in norms] != [not self.present] * 2 or (
-            self.present and not all(_plain_norm(norm) for norm in norms)
-        ):
-            kinds = ", ".join(type(norm).__name__ for norm in norms)
-            raise ValueError(
-                "optimize: queries and keys must both be normed by RMSNorm with weights, or "
-                f"neither, got {kinds}. Leave this model as it is."
-            )
-        self._norms = norms
+    def __init__(self, streams: Sequence[tuple[Any, Any]]) -> None:
+        self._norms = [norm for pair in streams for norm in pair]
+        first = self._norms[0]
+        for norm in self._norms:
+            if not _plain_norm(norm) or (type(norm), norm.eps) != (type(first), first.eps):
+                raise ValueError(
+                    "optimize: queries and keys of all streams must be normed by one kind of "
+                    f"RMSNorm with weights, or not at all, got {type(norm).__name__}. Leave this "
+                    "model as it is."
+                )
         #: diffusers takes the variance in float32 whatever it is given, torch does not.
-        self._narrow = isinstance(norms[0], RMSNorm)
-        self._eps: Any = norms[0].eps if self.present else None
+        self._narrow, self._eps = isinstance(first, RMSNorm), first.eps
+        self._weights: list[torch.Tensor] = []
+        self._seen: list[tuple[int, int]] = []
+        self.joined = 0
+        #: The linears whose weights are read: none.
+        self.places: list[tuple[nn.Module, str, Any]] = []
 
-    def __call__(self, pair: torch.Tensor) -> torch.Tensor:
-        """Norm queries and keys, (B, T, 2, H, D)."""
-        query, key = self._norms
-        weight = torch.stack([query.weight, key.weight])[:, None]
+    def refresh(self) -> bool:
+        """Copy the weights again where they were moved or written to; whether they were."""
+        weights = [norm.weight for norm in self._norms]
+        seen = [(weight.data_ptr(), weight._version) for weight in weights]
+        if self._weights and seen == self._seen:
+            return False
+        pairs = zip(weights[::2], weights[1::2], strict=True)
+        self._weights = [torch.stack([q.detach(), k.detach()])[:, None] for q, k in pairs]
+        self._seen = seen
+        self.joined += 1
+        return True
+
+    def release(self) -> None:
+        """Let go of the copies."""
+        self._weights = []
+
+    def __call__(self, pair: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+        """Norm queries and keys.
+
+        Args:
+            pair: (B, T, 2, H, D), streams one after the other.
+            sizes: tokens of each stream.
+        """
         if self._narrow and pair.dtype == torch.float64:
             variance = pair.to(torch.float32).pow(2).mean(-1, keepdim=True)
-            return pair * torch.rsqrt(variance + self._eps) * weight
-        return functional.rms_norm(pair, pair.shape[-1:], None, self._eps) * weight
+            normed = pair * torch.rsqrt(variance + self._eps)
+        else:
+            normed = functional.rms_norm(pair, pair.shape[-1:], None, self._eps)
+        for part, weight in zip(normed.split(sizes, 1), self._weights, strict=True):
+            part.mul_(weight)
+        return normed
 
 
 def _plain_norm(norm: Any) -> bool:
@@ -93,7 +121,17 @@ class JointAttention:
     def __init__(self, attention: Any, joins: Joins, turned: OncePerCall | None = None) -> None:
         check_attention(attention)
         self._attention, self._signed = attention, turned or OncePerCall(signed)
-        self._image_norms = HeadNorms((attention.norm_q, attention.norm_k))
+        pairs = [(attention.norm_q, attention.norm_k)]
+        if attention.added_kv_proj_dim is not None:
+            pairs.append((attention.norm_added_q, attention.norm_added_k))
+        if self.text_first:
+            pairs.reverse()
+        norms = [norm for pair in pairs for norm in pair]
+        self._norms: HeadNorms | None = None
+        if any(norm is not None for norm in norms):
+            # One for all stages with this attention: they run what was put there for the first.
+            key = tuple(id(getattr(norm, "weight", None)) for norm in norms)
+            self._norms = joins.shared(("norms", *key), lambda: HeadNorms(pairs))
         self._prepare(joins)
 
     def _prepare(self, joins: Joins) -> None:
@@ -104,7 +142,6 @@ class JointAttention:
         self._text = self._text_out = None
         if attention.added_kv_proj_dim is not None:
             self._text = joins.linear([(attention, name) for name in _TEXT])
-            self._text_norms = HeadNorms((attention.norm_added_q, attention.norm_added_k))
             if not attention.context_pre_only:
                 self._text_out = attention.to_add_out
 
@@ -113,7 +150,7 @@ class JointAttention:
         attention = self._attention
         fusion.forwards.append((attention, self.forward))
         fusion.processors.append((attention, attention.processor))
-        fusion.products += [p for p in (self._image, self._text) if p is not None]
+        fusion.products += [p for p in (self._image, self._text, self._norms) if p is not None]
         fusion.hold(attention.to_out, "0")
         for norm in ("norm_q", "norm_k", "norm_added_q", "norm_added_k", "to_add_out"):
             if attention._modules.get(norm) is not None:
@@ -132,15 +169,12 @@ class JointAttention:
         heads = (3, self._attention.heads, -1)
         image = self._image(hidden_states).unflatten(-1, heads)
         if encoder_hidden_states is None or self._text is None:
-            query, key, value = self._heads([(image, self._image_norms)], image_rotary_emb)
+            query, key, value = self._heads(image, [image.shape[1]], image_rotary_emb)
             return self._out(self._mix(query, key, value, attention_mask))
         text = self._text(encoder_hidden_states).unflatten(-1, heads)
-        streams = [(image, self._image_norms), (text, self._text_norms)]
-        sizes = [image.shape[1], text.shape[1]]
-        if self.text_first:
-            streams.reverse()
-            sizes.reverse()
-        query, key, value = self._heads(streams, image_rotary_emb)
+        streams = [text, image] if self.text_first else [image, text]
+        sizes = [stream.shape[1] for stream in streams]
+        query, key, value = self._heads(torch.cat(streams, 1), sizes, image_rotary_emb)
         found = self._mix(query, key, value, attention_mask).split(sizes, 1)
         mixed, ending = reversed(found) if self.text_first else found
         # Of several samples, torch multiplies what is not contiguous one sample after another.
@@ -149,21 +183,18 @@ class JointAttention:
         return self._out(mixed.contiguous()), ending
 
     def _heads(
-        self, streams: Sequence[tuple[torch.Tensor, HeadNorms]], rotary: Rotary | None
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return queries, keys and values of all streams, (B, T, H, D)."""
-        if rotary is None and not any(norms.present for _, norms in streams):
-            whole = streams[0][0] if len(streams) == 1 else torch.cat([s for s, _ in streams], 1)
-            query, key, value = whole.unbind(2)
-            return query, key, value
-        pairs = [norms(s[:, :, :2]) if norms.present else s[:, :, :2] for s, norms in streams]
-        values = [s[:, :, 2] for s, _ in streams]
-        one = len(streams) == 1
-        pair = pairs[0] if one else torch.cat(pairs, 1)
+        self, parts: torch.Tensor, sizes: Sequence[int], rotary: Rotary | None
+    ) -> Sequence[torch.Tensor]:
+        """Return queries, keys and values, (B, T, H, D), of projections (B, T, 3, H, D)."""
+        if self._norms is None and rotary is None:
+            return parts.unbind(2)
+        pair = parts[:, :, :2]
+        if self._norms is not None:
+            pair = self._norms(pair, sizes)
         if rotary is not None:
             pair = rotated(pair, self._signed(*rotary))
         query, key = pair.unbind(2)
-        return query, key, values[0] if one else torch.cat(values, 1)
+        return query, key, parts[:, :, 2]
 
     def _mix(
         self,

@@ -11,7 +11,7 @@ from torch import nn
 
 from .fusion import Forward, Fusion
 from .graphs import GraphRunner
-from .shared import OncePerCall
+from .once import OncePerCall
 
 
 class Network:

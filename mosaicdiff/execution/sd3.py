@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -25,7 +26,9 @@ def fuse_sd3(model: Any, joins: Joins) -> Fusion:
     modulations = modulations_of([*norms, model.norm_out], joins, fusion)
     fusion.forwards.append((model.norm_out, FinalNorm(model.norm_out, modulations).forward))
     for block in blocks:
-        fused = _Block(block, modulations, joins, fusion, JointAttention)
+        fused = _Block.of_norms(
+            block, modulations, fusion, functools.partial(JointAttention, joins=joins)
+        )
         fusion.forwards.append((block, fused.forward))
     return fusion
 

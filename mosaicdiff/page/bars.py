@@ -45,10 +45,11 @@ def bar_chart(bars: Sequence[Bar], width: int) -> Markup:
             drawn.append(text(left - 12, y + 14, bar.label, "end"))
             drawn.append(text(width, y + 14, both, "end", "label"))
         drawn.append(rectangle(left, y + 3, scale(bar.share) - left, 15, "pruned"))
+        # Across the bars only: on a narrow page the figures stand between them.
+        drawn.append(line(scale(1.0), y, scale(1.0), y + 21, "level"))
         drawn.append(
             text(scale(max(bar.share, 0)) + 6, y + 15, f"{bar.share:.0%}", "start", "tick halo")
         )
-    drawn.append(line(scale(1.0), top - 4, scale(1.0), height, "level"))
     drawn.append(
         text(scale(1.0), FONT - 2, "dense = 100%", "middle" if not narrow else "end", "label")
     )

@@ -150,8 +150,9 @@ def _layer(layer: ShownLayer, stage: int, x: float, y: float, width: float, styl
                           tall - 2 * inset, class_)
             )  # fmt: skip
         return element("g", *drawn)
-    written = f"{share:.0%}" if layer.kind == "weights" else human_count(kept)
-    room = text_width("0000") + 4
+    widest = "100%" if layer.kind == "weights" else str(layer.groups)
+    written = f"{share:.0%}" if layer.kind == "weights" else str(kept)
+    room = text_width(widest) + 6
     bar = width - room if width - room > 24 else width
     drawn.append(rectangle(x + 0.5, y + 0.5, bar - 1, tall - 1, "removed"))
     drawn.append(rectangle(x, y, bar * share, tall, f"kept {style}"))

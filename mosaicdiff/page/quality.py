@@ -62,13 +62,10 @@ def cost_section(page: Page) -> Markup:
     swapped = sum(memory.swap_device for memory in held)
     bars.append(_bar("Loaded, all stages", whole, resident, human_bytes))
     bars.append(_bar("Loaded, swapped", whole, swapped, human_bytes))
-    ratio = page.evaluation.ratio(dense, pruned)
-    reached = ratio.speedup / ratio.macs_with_attention
     caption = (
         "Shorter is better. A step runs one stage, but a file holds them all: that is why storage "
         "can grow while every step computes less. Swapped, one stage is on the device at a time. "
-        f"Time fell by {ratio.speedup:.2f}× where MACs fell by {ratio.macs_with_attention:.2f}×: "
-        f"{reached:.0%} of what the arithmetic allows, the whole pipeline timed."
+        "Time is of the whole pipelines, batch by batch in turn; other work on the machine shows."
     )
     return element(
         "section",

@@ -6,7 +6,7 @@ from dataclasses import fields
 
 from ..evaluate.bench import BenchRow
 from ..evaluate.spent import TimeSpent
-from ..quantities import human_bytes, human_count
+from ..quantities import human_bytes
 from .data import Bench, Page
 from .markup import Markup, element
 from .spent_bars import PART_CLASSES, SpentBar, spent_chart
@@ -14,9 +14,18 @@ from .svg import both_widths
 from .tables import data_table
 
 _COLUMNS = (
-    "Network", "Mode", "Batch", "Steps", "Time of a call", "Time an image", "MACs of a call",
-    "Speed-up", "Fewer MACs", "Efficiency", "Over eager dense", "Peak memory",
-)  # fmt: skip
+    "Network",
+    "Mode",
+    "Batch",
+    "Steps",
+    "Time of a call",
+    "Time an image",
+    "Speed-up",
+    "Fewer MACs",
+    "Efficiency",
+    "Over eager dense",
+    "Peak memory",
+)
 
 
 def speed_section(page: Page) -> Markup | None:
@@ -55,7 +64,6 @@ def _cells(row: BenchRow) -> list[str]:
         f"{row.steps:,}",
         f"{row.milliseconds:,.2f} ms",
         f"{row.milliseconds_per_image:,.1f} ms",
-        human_count(row.macs_with_attention),
         _times(row.speedup),
         _times(row.macs_ratio),
         f"{row.efficiency:.3f}" if row.network == "pruned" else "–",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +100,8 @@ def save_calibration(calibration: Calibration, path: str | Path) -> int:
         "stages": [asdict(stage) for stage in calibration.division.stages],
         "boundaries": list(calibration.division.boundaries),
         "steps": list(calibration.steps),
-        "layers": [asdict(layer) for layer in calibration.layers],
+        # What is rounded to is the request's and the device's.
+        "layers": [asdict(replace(layer, unit=1)) for layer in calibration.layers],
         "power": calibration.power,
         "weighted": calibration.weighted,
         "made_for": dict(calibration.made_for),

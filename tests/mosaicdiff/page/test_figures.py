@@ -87,6 +87,17 @@ def test_many_heads_become_a_bar(page):
     assert len(of_class(root, "kept")) == 3
 
 
+@pytest.mark.parametrize("groups", [16, 768, 13824])
+def test_numbers_stand_beside_their_bars(page, groups):
+    (network,) = page.networks
+    layer = replace(network.layers[1], groups=groups, kept=(groups - 1,) * 3)
+    root = read(kept_map(replace(network, layers=(layer,)), NARROW))
+    (number,) = [n for n in root.iter("text") if n.text == str(groups - 1)][:1]
+    frame = of_class(root, "removed")[0]
+    left = float(number.get("x")) - text_width(number.text)
+    assert float(frame.get("x")) + float(frame.get("width")) < left
+
+
 def test_blocks_of_several_lists_stand_under_their_names(page):
     (network,) = page.networks
     names = ("transformer_blocks.0", "single_transformer_blocks.0", "mid_block")
