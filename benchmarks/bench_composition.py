@@ -9,6 +9,7 @@ is that of the final latents to the dense model's own without any, squared, over
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import statistics
 import time
@@ -29,15 +30,21 @@ KEY = ("model", "technique", "setting", "device", "threads")
 STEPS, PICTURES = 50, 16
 
 
-def sparse(sparsity: float) -> Any:
-    """Return the pipeline with the denoiser pruned; of 0 one stage with everything."""
+def staged(sparsity: float) -> Any:
+    """Return the denoiser pruned; of 0 one stage with everything."""
     pipe = mosaicdiff.load_pipeline("digits")
-    pipe.set_progress_bar_config(disable=True)
     if sparsity:
         mosaicdiff.prune(pipe, mosaicdiff.PruneConfig(sparsity=sparsity))
-        return pipe
+        return pipe.transformer
     config = mosaicdiff.PruneConfig(sparsity=0.0, allocation="uniform", stages=1)
-    pipe.transformer = cut(pipe.transformer, config, scheduler=pipe.scheduler)
+    return cut(pipe.transformer, config, scheduler=pipe.scheduler)
+
+
+def pipeline_of(denoiser: Any) -> Any:
+    """Return a pipeline around a copy of the denoiser."""
+    pipe = mosaicdiff.load_pipeline("digits")
+    pipe.set_progress_bar_config(disable=True)
+    pipe.transformer = copy.deepcopy(denoiser)
     return pipe
 
 
@@ -111,11 +118,12 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     made = []
     for model, sparsity in (("digits", 0.0), ("digits, 30% pruned", 0.3)):
+        denoiser = staged(sparsity)
         for (technique, setting), apply in TECHNIQUES.items():
             if technique == "torchao" and importlib.util.find_spec("torchao") is None:
                 print("torchao is not installed: its rows are left as they are")
                 continue
-            pipe = sparse(sparsity)
+            pipe = pipeline_of(denoiser)
             apply(pipe)
             made.append((model, technique, setting, pipe))
     reference = latents(made[0][3])
