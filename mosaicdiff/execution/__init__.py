@@ -1,5 +1,5 @@
 """Run the same network with fewer launches: exactly equivalent, and undone at will."""
 
-from .api import optimize, restore
+from .api import describe, optimize, restore
 
-__all__ = ["optimize", "restore"]
+__all__ = ["describe", "optimize", "restore"]

@@ -152,6 +152,27 @@ def optimized_twins(
     return twins
 
 
+def describe(model: DiffusionPipeline | Denoiser) -> list[dict[str, Any]]:
+    """Say what is fused of each network: of every stage of every denoiser that is optimized.
+
+    Returns:
+        For each its `denoiser` class, `stage` number, `products` and the `linears` that are in
+        them, `modules` that are run otherwise than diffusers runs them, and what is `left` as it
+        is though others of its kind are fused.
+    """
+    found = []
+    for denoiser in _denoisers(model):
+        execution = execution_of(denoiser)
+        for stage, network in enumerate(execution.networks if execution else ()):
+            fusion = network.fusion
+            sizes = [len(product.places) for product in fusion.products if product.places]
+            found.append(
+                {"denoiser": _kind(denoiser), "stage": stage, "products": len(sizes),
+                 "linears": sum(sizes), "modules": len(fusion.forwards), "left": fusion.left}
+            )  # fmt: skip
+    return found
+
+
 def execution_of(denoiser: nn.Module) -> Execution | None:
     """Return the fused execution that a denoiser is in."""
     return denoiser.__dict__.get(EXECUTION)

@@ -27,6 +27,7 @@ class Fusion:
             replaced (by an adapter's layer, say) must not be run on unnoticed.
         processors: attentions, and the processors in whose place something runs.
         once: what is computed once a call, and let go after it.
+        left: what of the network is run as it is although others of its kind are fused, and why.
     """
 
     forward: Forward | None = None
@@ -36,6 +37,7 @@ class Fusion:
     held: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
     processors: list[tuple[Any, Any]] = field(default_factory=list)
     once: list[OncePerCall] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
 
     def hold(self, owner: Any, *names: str) -> list[Any]:
         """Return children of a module, and notice when they are replaced."""

@@ -21,6 +21,11 @@ def fuse_unet(model: Any, joins: Joins) -> Fusion:
     fusion = Fusion()
     modules = list(model.modules())
     resnets = [module for module in modules if _is_plain(module)]
+    others = sum(isinstance(module, ResnetBlock2D) for module in modules) - len(resnets)
+    if others:
+        fusion.left.append(
+            f"{others} residual blocks, which resample or are scaled by the timestep"
+        )
     if resnets:
         places: list[Place] = [(resnet, "time_emb_proj") for resnet in resnets]
         times = shared_parts(places, joins, fusion, functional.silu)

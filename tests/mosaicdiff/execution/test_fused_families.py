@@ -9,6 +9,7 @@ from diffusers.hooks.hooks import CacheContext, _set_cache_context
 
 import mosaicdiff
 from mosaicdiff.adapters import adapter_for
+from mosaicdiff.execution import describe
 from mosaicdiff.execution.api import FUSIONS, execution_of
 from tests.mosaicdiff.cutting import pack
 from tests.mosaicdiff.execution.test_dit import Operations, differs
@@ -230,3 +231,34 @@ def test_caches_go_on_top(case):
     fused = call(model, case, torch.float32)  # all but the first block is skipped
     assert differs(fused, eager) < 1e-4  # of the same input, that is the same
     assert operations(model, case) < 0.6 * whole
+
+
+def test_what_is_fused_is_described():
+    from tests.mosaicdiff.cases_b import tiny_unet, unet_batch
+
+    model = tiny_unet(resnet_time_scale_shift="scale_shift")
+    assert describe(model) == []
+    case = FamilyCase(tiny_unet, unet_batch)
+    eager = call(model, case, torch.float32)
+    mosaicdiff.optimize(model)
+    (row,) = describe(model)
+    assert row["denoiser"] == "UNet2DConditionModel" and row["stage"] == 0
+    # Of 4 blocks q, k and v, and of all keys and values of the text.
+    assert (row["products"], row["linears"]) == (5, 20)
+    assert row["left"] == ["8 residual blocks, which resample or are scaled by the timestep"]
+    assert differs(call(model, case, torch.float32), eager) < 1e-5
+    plain = tiny_unet()
+    mosaicdiff.optimize(plain)
+    (row,) = describe(plain)
+    assert row["left"] == [] and row["linears"] == 28
+
+
+@pytest.mark.models
+def test_compiles_with_inductor():
+    case = CASES["pixart-sigma"]
+    model = case.make()
+    eager = call(model, case, torch.float32)
+    torch._dynamo.reset()
+    mosaicdiff.optimize(model, compile={"fullgraph": True})
+    for _ in range(2):
+        assert differs(call(model, case, torch.float32), eager) < 1e-4
