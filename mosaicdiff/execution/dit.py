@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from ..adapters.dit import BiasOnlyBlock
 from ..pack import BiasOnly
-from .attention import SelfAttention
+from .attention import FeedForward, SelfAttention
 from .fusion import Fusion
 from .products import EqualModules, JoinedLinear, Joins, group_equal
 from .shared import modulated
@@ -46,9 +46,8 @@ def fuse_dit(model: Any, joins: Joins) -> Fusion:
     fused = _FusedDiT(model, joins)
     fusion = Fusion(forward=fused.forward, products=fused.products, equal=fused.equal)
     for block in model.transformer_blocks:
-        kind = _FusedBiases if isinstance(block, BiasOnlyBlock) else _FusedBlock
-        made: Any = kind(block, joins)
-        made.install(block, fusion)
+        kind: Any = _FusedBiases if isinstance(block, BiasOnlyBlock) else _FusedBlock
+        fusion.forwards.append((block, kind(block, joins, fusion).forward))
     return fusion
 
 
@@ -170,50 +169,43 @@ class _FusedDiT:
 
 
 class _FusedBlock:
-    """Run one block of attention and FFN, either of which may be nothing but a bias."""
+    """Run one block of attention and FFN, either of which may be nothing but a bias.
 
-    def __init__(self, block: Any, joins: Joins) -> None:
+    Both are called as modules: hooks that are put on them later run.
+    """
+
+    def __init__(self, block: Any, joins: Joins, fusion: Fusion) -> None:
         self._norm1, self._norm3 = block.norm1.norm, block.norm3
-        self._attention, self._ff = block.attn1, block.ff
-        self._attend = (
-            None if isinstance(block.attn1, BiasOnly) else SelfAttention(block.attn1, joins)
-        )
-        if not isinstance(block.ff, BiasOnly):
-            self._first, _, self._last, *_ = block.ff.net
-
-    def install(self, block: Any, fusion: Fusion) -> None:
-        """Say what this uses of the block, and what it puts there."""
-        fusion.forwards.append((block, self.forward))
-        if self._attend is not None:
-            self._attend.install(fusion)
-        if not isinstance(self._ff, BiasOnly):
-            fusion.held += [(block.ff.net, "0", self._first), (block.ff.net, "2", self._last)]
+        self._attention, self._ff = fusion.hold(block, "attn1", "ff")
+        self._attends = not isinstance(self._attention, BiasOnly)
+        self._feeds = not isinstance(self._ff, BiasOnly)
+        if self._attends:
+            attend = SelfAttention(self._attention, joins)
+            attend.install(fusion)
+            fusion.forwards.append((self._attention, attend.forward))
+        if self._feeds:
+            fusion.forwards.append((self._ff, FeedForward(self._ff, fusion).forward))
 
     def forward(self, hidden_states: torch.Tensor, modulation: Modulation) -> torch.Tensor:
         """Return the stream after the block, (B, T, C)."""
         shift, scale, gate, shift_ff, scale_ff, gate_ff = modulation
-        if self._attend is None:
+        if self._attends:
+            change = self._attention(modulated(self._norm1, hidden_states, shift, scale))
+        else:
             change = _bias(self._attention, hidden_states)
-        else:
-            change = self._attend.forward(modulated(self._norm1, hidden_states, shift, scale))
         stream = torch.addcmul(hidden_states, gate, change)
-        if isinstance(self._ff, BiasOnly):
-            change = _bias(self._ff, stream)
+        if self._feeds:
+            change = self._ff(modulated(self._norm3, stream, shift_ff, scale_ff))
         else:
-            inner = self._first(modulated(self._norm3, stream, shift_ff, scale_ff))
-            change = self._last(inner)
+            change = _bias(self._ff, stream)
         return torch.addcmul(stream, gate_ff, change)
 
 
 class _FusedBiases:
     """Run a block of which only gated biases are left."""
 
-    def __init__(self, block: Any, joins: Joins) -> None:
-        self._attention, self._ff = block.attn1, block.ff
-
-    def install(self, block: Any, fusion: Fusion) -> None:
-        """Say what this puts into the block."""
-        fusion.forwards.append((block, self.forward))
+    def __init__(self, block: Any, joins: Joins, fusion: Fusion) -> None:
+        self._attention, self._ff = fusion.hold(block, "attn1", "ff")
 
     def forward(self, hidden_states: torch.Tensor, modulation: Modulation) -> torch.Tensor:
         """Return the stream after the block, (B, T, C)."""

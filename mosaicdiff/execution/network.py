@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -37,6 +38,9 @@ class Network:
         self.run: Forward = forward if compile is None else _compiled(forward, compile)
         self.compiled = compile is not None
         self._graphs = GraphRunner(self.run) if cuda_graphs else None
+        self._captured: list[int] = []
+        #: Pipelines read what a denoiser takes.
+        self.__signature__ = inspect.signature(own)
         self._joined: list[int] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -45,8 +49,11 @@ class Network:
             self._check_call()
             changed = self.refresh()
             if self._graphs is not None:
-                if changed:
+                # A graph reads weights where they were: also those that no product joins.
+                places = [parameter.data_ptr() for parameter in self._model.parameters()]
+                if changed or places != self._captured:
                     self._graphs.clear()
+                    self._captured = places
                 return self._graphs(*args, **kwargs)
         return self.run(*args, **kwargs)
 

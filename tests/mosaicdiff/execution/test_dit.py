@@ -1,6 +1,7 @@
 """Fused execution of DiT: equal to diffusers' own, with fewer operations, undone exactly."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -175,6 +176,24 @@ def test_copies_are_optimized_themselves():
     assert torch.equal(call(other, inputs), fused)
     mosaicdiff.restore(other)
     assert differs(call(other, inputs), fused) < 1e-5
+
+
+@pytest.mark.parametrize("where", ["attn1", "ff", "ff.net.2"])
+def test_hooks_that_come_later_run(where):
+    model = tiny_denoiser()
+    mosaicdiff.optimize(model)
+    called = []
+    for block in model.transformer_blocks:
+        block.get_submodule(where).register_forward_hook(lambda *args: called.append(1))
+    call(model, sample_inputs(1, torch.float32))
+    assert len(called) == len(model.transformer_blocks)
+
+
+def test_says_what_it_takes():
+    model = tiny_denoiser()
+    taken = inspect.signature(model.forward)
+    mosaicdiff.optimize(model)
+    assert inspect.signature(model.forward) == taken
 
 
 def test_saves_the_same_file(tmp_path):
