@@ -81,6 +81,10 @@ bench: build
 	$(BIN)/python -m benchmarks.bench_flow rules
 	$(BIN)/python -m benchmarks.bench_flow quality
 	$(BIN)/python -m benchmarks.bench_speed
+	$(BIN)/python -m benchmarks.bench_fused
+	$(BIN)/python -m benchmarks.bench_bank
+	$(BIN)/python -m benchmarks.bench_units
+	$(BIN)/python -m benchmarks.bench_composition
 	$(BIN)/python -m benchmarks.bench_hessian
 	$(BIN)/python -m benchmarks.bench_cholesky
 	$(BIN)/python -m benchmarks.bench_prune

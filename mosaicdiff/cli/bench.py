@@ -98,6 +98,7 @@ def bench(
         usual_scheduler,
     )
     from ..evaluate.latency import check_modes
+    from ..evaluate.room import check_room
 
     names = [name.strip() for name in modes.split(",") if name.strip()]
     check_modes(names, target)
@@ -106,6 +107,7 @@ def bench(
         config = PruneConfig(
             sparsity=sparsity, steps=counts[0], round_to=_rounding(round_to), allocation="score"
         )
+        check_room(model, config, target, number)
         dense = random_denoiser(model, target, number)
         staged, scheduler = random_staged(dense, config), usual_scheduler(dense)
     else:

@@ -109,7 +109,8 @@ def random_denoiser(name: str, device: torch.device, dtype: torch.dtype) -> nn.M
                 module._parameters[key] = nn.Parameter(
                     value.uniform_(-0.02, 0.02), requires_grad=False
                 )
-    made: nn.Module = empty.to(device=device, dtype=dtype).eval()
+    # Not diffusers' own `to`, which warns of types whatever they are.
+    made: nn.Module = nn.Module.to(empty, device=device, dtype=dtype).eval()
     if type(made).__name__ == "DiTTransformer2DModel":
         _repeat_embedders(made)
     return made

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
+
+from ..machine import free_bytes
 
 #: Rows tried first, and the most.
 MOST_ROWS = 64
@@ -57,7 +58,7 @@ def fitting_rows(call: Callable[[int], Any], device: torch.device, module: nn.Mo
     """
     if device.type != "cuda":
         largest = _largest_activation(call, module)
-        free = _free_bytes()
+        free = free_bytes(device)
         rows = MOST_ROWS
         while rows > 1 and rows * _HELD * largest > _SHARE * free:
             rows //= 2
@@ -65,7 +66,7 @@ def fitting_rows(call: Callable[[int], Any], device: torch.device, module: nn.Mo
     rows = MOST_ROWS
     while True:
         torch.cuda.empty_cache()
-        free, _ = torch.cuda.mem_get_info(device)
+        free = free_bytes(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         try:
@@ -97,18 +98,6 @@ def _largest_activation(call: Callable[[int], Any], module: nn.Module) -> int:
             stack.callback(submodule.register_forward_hook(look).remove)
         call(1)
     return largest
-
-
-def _free_bytes() -> int:
-    """Return what the machine has free, in bytes."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 def _empty_cache() -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mosaicdiff import PruneConfig
+from mosaicdiff.evaluate import room
 from mosaicdiff.evaluate.bench import bench_modes
 from mosaicdiff.evaluate.configurations import random_denoiser, random_staged, usual_scheduler
 from mosaicdiff.evaluate.latency import check_modes, measure_modes, mode_networks
@@ -140,3 +141,17 @@ def test_embedders_of_random_dits_are_equal():
     assert usual_scheduler(dense).config.beta_schedule == "linear"
     staged = random_staged(dense, PruneConfig(sparsity=0.33, round_to=64, allocation="score"))
     assert len(staged.stage_models) == 3
+
+
+def test_what_does_not_fit_is_refused(monkeypatch):
+    config = PruneConfig(sparsity=0.33, round_to=64, allocation="score")
+    needed = room.networks_bytes("dit-b-4", config, torch.float32)
+    dense = random_denoiser("dit-b-4", CPU, torch.float32)
+    staged = random_staged(dense, config)
+    held = {id(p): p.nbytes for p in (*dense.parameters(), *staged.parameters())}
+    assert needed == sum(held.values())
+    assert room.free_bytes(CPU) > 2**20
+    monkeypatch.setattr(room, "free_bytes", lambda device: needed - 1)
+    with pytest.raises(ValueError, match="dit-b-4 must fit into memory.*in float32 both take"):
+        room.check_room("dit-b-4", config, CPU, torch.float32)
+    room.check_room("dit-b-4", config, CPU, torch.bfloat16)

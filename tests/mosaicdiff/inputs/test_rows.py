@@ -94,7 +94,7 @@ def test_batches_are_halved_where_memory_ends():
 @pytest.mark.parametrize("free, rows", [(1 << 40, 64), (40 * 8 * 4096 * 4 - 1, 8), (1, 1)])
 def test_rows_on_the_cpu_follow_the_rule(monkeypatch, free, rows):
     module = torch.nn.Sequential(torch.nn.Linear(4, 4096), torch.nn.Linear(4096, 2))
-    monkeypatch.setattr("mosaicdiff.inputs.batching._free_bytes", lambda: free)
+    monkeypatch.setattr("mosaicdiff.inputs.batching.free_bytes", lambda device: free)
     call = lambda count: module(torch.zeros(count, 4))  # noqa: E731
     assert fitting_rows(call, torch.device("cpu"), module) == rows
     assert not any(m._forward_hooks for m in module.modules())
