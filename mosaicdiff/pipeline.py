@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +45,14 @@ class PruneResult:
         others: the same of the pipeline's other denoisers, where it has two.
     """
 
-    denoiser: StagedDenoiser
-    report: PruneReport
-    pipeline: DiffusionPipeline | None = None
+    denoiser: StagedDenoiser = field(repr=False)
+    report: PruneReport = field(repr=False)
+    pipeline: DiffusionPipeline | None = field(default=None, repr=False)
     component: str | None = None
     others: tuple[PruneResult, ...] = ()
+
+    def __str__(self) -> str:
+        return f"PruneResult({self.component or 'denoiser'}, sparsity {self.report.sparsity:.2%})"
 
 
 def plan(

@@ -71,8 +71,7 @@ def info(folder: Path, as_json: bool) -> None:
     out.print(
         f"sparsity {values.sparsity:.2%}; MACs a call "
         f"{human_count(values.macs_dense_with_attention)} -> "
-        f"{human_count(values.macs_with_attention)}; {human_bytes(values.bytes_dense)} -> "
-        f"{human_bytes(values.bytes)} on disk, {human_bytes(values.resident_bytes)} loaded",
+        f"{human_count(values.macs_with_attention)}",
         highlight=False,
     )
 
@@ -85,9 +84,13 @@ def _memory_line(memory: StatedMemory) -> str:
         return f"{human_bytes(getattr(memory, name))} ({ratios[name]:.2f}x)"
 
     copies = memory.dense - memory.dense_distinct
-    besides = f" and {human_bytes(copies)} of copies" if copies else ""
-    return (
-        f"dense {human_bytes(memory.dense_distinct)} (1x){besides}; on disk {part('disk')}; on the "
-        f"device all stages {part('resident')}, or one at a time (--stage-memory swap) "
-        f"{part('swap_device')} and {part('swap_host')} in the host's memory"
+    besides = f", and {human_bytes(copies)} of copies that it is published with" if copies else ""
+    return "\n".join(
+        (
+            f"dense            {human_bytes(memory.dense_distinct)} (1x){besides}",
+            f"on disk          {part('disk')}",
+            f"stages resident  {part('resident')} on the device",
+            f"stages swapped   {part('swap_device')} on the device, {part('swap_host')} in the "
+            "host's memory (--stage-memory swap)",
+        )
     )

@@ -85,7 +85,8 @@ def optimize(
     Args:
         model: on the device where it will run; dense, or pruned by mosaicdiff.
         fuse: False leaves the network as it is, to compile it or capture graphs alone.
-        compile: True, or options of `torch.compile`: each stage gets a graph of its own.
+        compile: True, or options of `torch.compile`: each stage gets a graph of its own, and is
+            compiled in its first call, which takes from seconds to minutes.
         cuda_graphs: capture a CUDA graph for each stage and shape of inputs.
 
     Raises:
@@ -181,6 +182,10 @@ def execution_of(denoiser: nn.Module) -> Execution | None:
 def _denoisers(model: Any) -> list[nn.Module]:
     if isinstance(model, DiffusionPipeline):
         return [component.denoiser for component in find_denoisers(model)]
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"optimize: model must be a pipeline or its denoiser, got {type(model).__name__}."
+        )
     return [model]
 
 

@@ -219,6 +219,8 @@ def test_needs_evaluation_without_gradients():
 
 def test_refusals():
     model = tiny_denoiser()
+    with pytest.raises(ValueError, match="model must be a pipeline or its denoiser, got int"):
+        mosaicdiff.optimize(5)
     with pytest.raises(ValueError, match="one of fuse, compile and cuda_graphs must be True"):
         mosaicdiff.optimize(model, fuse=False)
     with pytest.raises(RuntimeError, match="cuda_graphs needs the model on a CUDA device, got cpu"):

@@ -77,7 +77,7 @@ def test_info_states_it(digits):
     assert values["of_dense_distinct"]["disk"] == stated["disk"] / stated["dense_distinct"]
     text = " ".join(run("info", folder).output.split())
     assert f"({values['of_dense_distinct']['swap_device']:.2f}x)" in text
-    assert "of copies; on disk" in text
+    assert "of copies that it is published with" in text and "stages swapped" in text
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["distinct", "as shipped"])
