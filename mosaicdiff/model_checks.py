@@ -79,8 +79,9 @@ def check_unhooked(caller: str, denoiser: Any) -> None:
             hooks.append("offloading")
         if hooks:
             raise ValueError(
-                f"{caller}: {where} must be without hooks, but {hooks[0]} is on. Take it off, or "
-                "load the model again, and switch it on after mosaicdiff.optimize."
+                f"{caller}: {where} must be without hooks, but {hooks[0]} is on. Take it off first "
+                "(disable_cache() where it is a cache), or load the model again; after "
+                "mosaicdiff.optimize it may go on."
             )
 
 

@@ -131,12 +131,16 @@ class StagedDenoiser(Composed, ModelMixin, ConfigMixin):
             )
         if mode == self.stage_memory:
             return
-        if self.is_cache_enabled or self._loras is not None:
-            what = "a cache is on" if self.is_cache_enabled else "a LoRA is loaded"
-            raise ValueError(
-                f"set_stage_memory: mode must be {self.stage_memory!r} while {what}, got {mode!r}. "
-                "Call disable_cache() or mosaicdiff.unload_lora first."
-            )
+        for there, what, cure in (
+            (self.is_cache_enabled, "a cache is on", "disable_cache()"),
+            (self._loras is not None, "a LoRA is loaded", "mosaicdiff.unload_lora"),
+        ):
+            if there:
+                raise ValueError(
+                    f"set_stage_memory: mode must be {self.stage_memory!r} while {what}, got "
+                    f"{mode!r}. Call {cure} first."
+                )
+        check_plain_weights(self, "set_stage_memory")
         if self.swap is not None:
             self.swap.dissolve()
             self.swap = None

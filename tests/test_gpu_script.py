@@ -31,13 +31,13 @@ def test_dry_run_prints_every_part(tmp_path):
         "--tool racecheck",
         *(
             f"benchmarks.bench_{name} --device cuda"
-            for name in ("hessian", "cholesky", "sweep", "joint", "prune")
+            for name in ("hessian", "cholesky", "sweep", "joint", "prune", "speed")
         ),
     ):
         assert expected in done.stdout
     summary = done.stdout.split("== summary\n")[1].splitlines()
     names = ["build", "test", "models", "kernels", "sanitize"]
-    names += ["hessian", "cholesky", "sweep", "joint", "prune"]
+    names += ["hessian", "cholesky", "sweep", "joint", "prune", "speed"]
     assert [line.split(":")[0] for line in summary] == names
     assert not out.exists()
 

@@ -49,8 +49,8 @@ if TYPE_CHECKING:
 @click.option(
     "--steps", default="50", show_default=True, help="Sampling steps of an image, e.g. 20,50."
 )
-@click.option("--sparsity", default=0.33, show_default=True, help="For configurations.")
-@click.option("--round-to", default="64", show_default=True, help="For configurations; or auto.")
+@click.option("--sparsity", type=float, help="Of a configuration.  [default: 0.33]")
+@click.option("--round-to", help="Of a configuration: a multiple, or auto.  [default: 64]")
 @click.option("--repeats", default=10, show_default=True, help="Rounds over all networks.")
 @click.option(
     "--where/--no-where", default=True, show_default=True, help="Profile where the time goes."
@@ -66,8 +66,8 @@ def bench(
     modes: str,
     batch_sizes: str,
     steps: str,
-    sparsity: float,
-    round_to: str,
+    sparsity: float | None,
+    round_to: str | None,
     repeats: int,
     where: bool,
     pipeline_config: str | None,
@@ -105,12 +105,21 @@ def bench(
     scheduler: Any
     if model in CONFIGURATIONS:
         config = PruneConfig(
-            sparsity=sparsity, steps=counts[0], round_to=_rounding(round_to), allocation="score"
+            sparsity=0.33 if sparsity is None else sparsity,
+            steps=counts[0],
+            round_to=_rounding("64" if round_to is None else round_to),
+            allocation="score",
         )
         check_room(model, config, target, number)
         dense = random_denoiser(model, target, number)
         staged, scheduler = random_staged(dense, config), usual_scheduler(dense)
     else:
+        for option, given in (("--sparsity", sparsity), ("--round-to", round_to)):
+            if given is not None:
+                raise ValueError(
+                    f"bench: {option} must be left out with a pruned folder, got {given}: {model} "
+                    "is pruned already. Prune again, or bench a configuration."
+                )
         dense, staged, scheduler = _load_pair(model, against, number, target, pipeline_config)
     with told_progress(as_json) as tell:
         report = bench_modes(
@@ -214,7 +223,9 @@ def _time_table(report: BenchReport) -> Any:
     from rich.table import Table
 
     parts = ("products", "attention", "norms", "rest", "launches")
-    table = Table(title=f"where a call of {report.time[0]['batch_size']} rows spends its time, ms")
+    rows = report.time[0]["batch_size"]
+    title = f"where the time of a call goes, ms ({rows} row{'s' * (rows > 1)})"
+    table = Table(title=title)
     table.add_column("mode")
     table.add_column("network")
     for part in parts:
@@ -229,15 +240,21 @@ def _time_table(report: BenchReport) -> Any:
 def _memory_lines(report: BenchReport) -> list[str]:
     stated, measured = report.memory["stated"], report.memory["measured"]
     ratios = stated["of_dense_distinct"]
-    return [
-        f"dense: {human_bytes(stated['dense'])}; {human_bytes(stated['dense_distinct'])} of "
-        "distinct tensors, of which the rest is a multiple",
-        f"on disk {human_bytes(stated['disk'])} ({ratios['disk']:.2f}x); all stages resident "
-        f"{human_bytes(stated['resident'])} ({ratios['resident']:.2f}x); swapped "
-        f"{human_bytes(stated['swap_device'])} ({ratios['swap_device']:.2f}x) on the device and "
-        f"{human_bytes(stated['swap_host'])} in the host's memory",
-        "measured: "
-        + ", ".join(
-            f"{name} {human_bytes(sum(found['live'].values()))}" for name, found in measured.items()
-        ),
+    parameters = report.memory["parameters"]
+    lines = [
+        f"weights: pruned {human_count(parameters['pruned'])} parameters in all stages; dense "
+        f"{human_count(parameters['dense'])}, {human_bytes(stated['dense'])}"
     ]
+    if stated["dense_distinct"] != stated["dense"]:
+        lines[0] += f", {human_bytes(stated['dense_distinct'])} without equal copies (1x)"
+    for name, key, found in (
+        ("on disk", "disk", None),
+        ("all stages resident", "resident", measured["resident"]),
+        ("one stage swapped in", "swap_device", measured["swap"]),
+    ):
+        line = f"  {name}: {human_bytes(stated[key])} ({ratios[key]:.2f}x)"
+        if found is not None:
+            line += f", measured {human_bytes(sum(found['live'].values()))}"
+        lines.append(line)
+    lines[-1] += f"; {human_bytes(stated['swap_host'])} in the host's memory"
+    return lines

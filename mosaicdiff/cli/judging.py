@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -131,16 +132,20 @@ def parse_scales(text: str | None) -> tuple[float | None, ...] | None:
     """Read guidance scales separated by commas.
 
     Raises:
-        ValueError: one is no number.
+        ValueError: one is no number, negative, or there twice.
     """
     if text is None:
         return None
     try:
-        return tuple(float(part) for part in text.split(","))
+        found = tuple(float(part) for part in text.split(","))
     except ValueError:
+        found = ()
+    if not found or len(set(found)) < len(found) or not all(0 <= f < math.inf for f in found):
         raise ValueError(
-            f"--guidance-scale must be numbers separated by commas, got {text!r}."
-        ) from None
+            "--guidance-scale must be numbers that are not negative, each once, separated by "
+            f"commas, got {text!r}."
+        )
+    return found
 
 
 def judge_model(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -74,13 +75,10 @@ class Composed:
         self._entered = None
 
     def disable_cache(self) -> None:
-        """Switch the cache off in every stage, which are as before.
-
-        Raises:
-            ValueError: no cache is on.
-        """
+        """Switch the cache off in every stage, which are as before; warns where none is on."""
         if self._caches is None:
-            raise ValueError("disable_cache: a cache must be on, got none. Nothing is to be done.")
+            warnings.warn("disable_cache: no cache is on, so none was switched off.", stacklevel=2)
+            return
         self._caches.remove()
         self._caches = None
 

@@ -162,9 +162,9 @@ def unload_lora(
     loaded = staged._loras
     known = [] if loaded is None else list(loaded.adapters)
     if loaded is None or (adapter_name is not None and adapter_name not in known):
+        asked = "" if adapter_name is None else f" {adapter_name!r}"
         raise ValueError(
-            f"unload_lora: a LoRA must be loaded, got {adapter_name or 'none'} of "
-            f"{', '.join(known) or 'none'}."
+            f"unload_lora: a LoRA{asked} must be loaded, got {', '.join(known) or 'none'}."
         )
     check_plain_weights(staged, "unload_lora")
     left = {n: p for n, p in loaded.adapters.items() if adapter_name not in (None, n)}
@@ -267,8 +267,9 @@ def _pruned(pipe: Any, component: str | None, caller: str) -> tuple[str, StagedD
     if name not in held:
         names = ", ".join(held) or "none"
         raise ValueError(
-            f"{caller}: pipeline must hold a pruned {component or 'denoiser'}, got {names}. A "
-            "dense model takes a LoRA by the pipeline's own load_lora_weights."
+            f"{caller}: pipeline must hold a pruned {component or 'denoiser'}, got {names}. Prune "
+            "it first; a dense one takes a LoRA by its pipeline's own load_lora_weights, if it has "
+            "one."
         )
     check_not_optimized(held[name], caller)
     check_resident(held[name], caller)

@@ -20,6 +20,7 @@ from ..runtime import StagedDenoiser
 from ..trajectory.schedule import step_log_snr
 from ..trajectory.schedulers import start_steps
 from .clocks import denoiser_calls
+from .cost import denoiser_size
 from .latency import LatencyReport, measure_modes, mode_networks
 from .peak import peak_bytes
 from .spent import TimeSpent, mean_spent, time_spent
@@ -66,7 +67,7 @@ class BenchReport:
     Args:
         time: for each mode and network, milliseconds of a call by what they went to, at the first
             batch size and the plan's steps.
-        memory: stated by count for either way to hold the stages, and measured.
+        memory: parameters; bytes stated by count for either way to hold the stages, and measured.
     """
 
     model: str
@@ -174,13 +175,21 @@ def _memory(dense: nn.Module, staged: StagedDenoiser) -> dict[str, Any]:
         measured["swap"] = largest.to_dict()
     finally:
         staged.set_stage_memory("resident")
-    return {"stated": state_memory(staged).to_dict(), "measured": measured}
+    parameters = {"dense": denoiser_size(dense)[0], "pruned": denoiser_size(staged)[0]}
+    stated = state_memory(staged).to_dict()
+    return {"parameters": parameters, "stated": stated, "measured": measured}
 
 
 def _steps_of_stages(staged: StagedDenoiser, scheduler: Any, count: int) -> list[int]:
     """Count the steps of each stage in a run; the plan's own where it was made for as many."""
     if count == sum(staged.info.steps):
         return list(staged.info.steps)
+    most = getattr(scheduler, "config", {}).get("num_train_timesteps", count)
+    if count > most:
+        raise ValueError(
+            f"bench: steps must be at most {most}, the timesteps the model was trained on, got "
+            f"{count}."
+        )
     own = copy.deepcopy(scheduler)
     start_steps(own, count, sampling_of(staged.adapter, staged.stage_models[0]))
     return staged.division.count_steps(step_log_snr(own))

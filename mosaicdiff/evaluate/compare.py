@@ -30,7 +30,7 @@ _KEPT, _KEPT_BYTES = 100, 1 << 27
 #: Pictures in d features below which the distance is mostly bias, as a multiple of d.
 _FEW = 2
 #: Batches from which a median of their times means something.
-_TIMED = 5
+FEW_BATCHES = 5
 
 
 @dataclass
@@ -283,9 +283,10 @@ def _notes(
             notes.append(
                 f"Precision and recall are left out: {reference.name} holds statistics only."
             )
-    if batches < _TIMED:
+    if batches < FEW_BATCHES:
         notes.append(
-            f"Seconds are the median of {batches} batches, which is rough: time it by "
+            f"Seconds are of {'one batch' if batches == 1 else f'{batches} batches'}, which is "
+            "rough: time it by "
             "`mosaicdiff bench`, or take more batches on a machine that does nothing else."
         )
     if video:

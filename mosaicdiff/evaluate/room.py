@@ -27,8 +27,10 @@ def check_room(name: str, config: PruneConfig, device: torch.device, dtype: torc
     needed, free = networks_bytes(name, config, dtype), free_bytes(device)
     if needed > free:
         kind = str(dtype).removeprefix("torch.")
+        halves = dtype.itemsize > 2 and needed * 2 // dtype.itemsize <= free
+        cure = "Pass --dtype bfloat16, or take" if halves else "Take"
         raise ValueError(
             f"bench: {name} must fit into memory, dense beside pruned: in {kind} both take "
-            f"{human_bytes(needed)}, but {human_bytes(free)} is free on {device}. Pass --dtype "
-            "bfloat16, or take a device with more."
+            f"{human_bytes(needed)}, but {human_bytes(free)} is free on {device}. {cure} a "
+            "device with more."
         )

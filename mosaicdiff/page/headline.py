@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from ..evaluate.compare import FEW_BATCHES
 from ..evaluate.evaluation import Evaluation, Metric, Row
 from ..quantities import human_bytes, human_count
 from .data import Network, Page
@@ -41,7 +42,7 @@ def figures(page: Page) -> list[Markup]:
             "Speed-up",
             f"{ratio.speedup:.2f}×",
             f"{write_seconds(dense.seconds_per_image)} → "
-            f"{write_seconds(pruned.seconds_per_image)} an image{scale}",
+            f"{write_seconds(pruned.seconds_per_image)} an image{scale}{_rough(evaluation)}",
         ),
         _figure(
             "Fewer MACs",
@@ -58,6 +59,13 @@ def figures(page: Page) -> list[Markup]:
     ]
     quality = _quality(evaluation)
     return made if quality is None else [*made, quality]
+
+
+def _rough(evaluation: Evaluation) -> str:
+    """Say so where a time is of few batches."""
+    setting = evaluation.setting
+    batches = -(-setting.num_images // setting.batch_size)
+    return "" if batches >= FEW_BATCHES else f"; of {batches} batch{'es' * (batches > 1)}: rough"
 
 
 def speed_pair(evaluation: Evaluation) -> tuple[Row, Row]:

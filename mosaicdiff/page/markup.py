@@ -69,3 +69,9 @@ def number(value: str | int | float) -> str:
     if isinstance(value, float):
         return f"{value:.2f}".rstrip("0").rstrip(".")
     return str(value)
+
+
+def coded(text: str) -> list[Markup | str]:
+    """Return text in which what stands between backticks is code."""
+    parts = text.split("`")
+    return [element("code", part) if i % 2 else part for i, part in enumerate(parts)]

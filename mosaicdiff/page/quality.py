@@ -11,7 +11,7 @@ from .bars import Bar, bar_chart
 from .curve import Axes, Series, line_chart
 from .data import Page
 from .headline import chosen_metric, speed_pair, write_metric, write_scale, write_seconds
-from .markup import Markup, element
+from .markup import Markup, coded, element
 from .svg import NARROW, both_widths
 from .tables import data_table
 
@@ -35,7 +35,7 @@ def quality_section(page: Page) -> Markup:
         _curve(evaluation),
         _rows(evaluation),
         _meanings(evaluation.metrics),
-        [element("p", note, class_="note") for note in evaluation.notes],
+        [element("p", coded(note), class_="note") for note in evaluation.notes],
         id="quality",
     )
 

@@ -152,6 +152,14 @@ def test_what_does_not_fit_is_refused(monkeypatch):
     assert needed == sum(held.values())
     assert room.free_bytes(CPU) > 2**20
     monkeypatch.setattr(room, "free_bytes", lambda device: needed - 1)
-    with pytest.raises(ValueError, match="dit-b-4 must fit into memory.*in float32 both take"):
+    with pytest.raises(ValueError, match="dit-b-4 must fit.*in float32 both take.*dtype bfloat16"):
         room.check_room("dit-b-4", config, CPU, torch.float32)
     room.check_room("dit-b-4", config, CPU, torch.bfloat16)
+    monkeypatch.setattr(room, "free_bytes", lambda device: 1000)
+    with pytest.raises(ValueError, match="is free on cpu. Take a device with more"):
+        room.check_room("dit-b-4", config, CPU, torch.float32)
+
+
+def test_more_steps_than_timesteps_are_refused(pair):
+    with pytest.raises(ValueError, match="steps must be at most 1000, .* got 2000"):
+        bench_modes("tiny", *pair, linear_scheduler(), steps=[2000])

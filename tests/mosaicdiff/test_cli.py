@@ -118,7 +118,7 @@ def test_bench_of_a_folder(pruned):
         (mode, network) for mode in ("eager", "fused") for network in ("dense", "pruned")
     ]
     shown = run("bench", output, "--repeats", 1, "--modes", "fused", "--steps", "10").output
-    for word in ("efficiency", "over eager", "spends its time", "resident", "fewer"):
+    for word in ("efficiency", "over eager", "time of a call goes", "resident", "fewer"):
         assert word in shown
 
 
@@ -313,6 +313,7 @@ def test_images_by_class_calibrate(tmp_path):
         (("generate", "digits", "--steps", "0", "--output", "x.png"), "--steps must be at least 1"),
         (("evaluate", "digits"), "--against must name the dense model"),
         (("bench", "digits"), "must be pruned, but it is dense"),
+        (("bench", "digits", "--sparsity", 0.5), "--sparsity must be left out with a pruned fol"),
         (("bench", "dit-z-9"), "must be a pruned folder or one of dit-xl-2, dit-b-4"),
         (("info", "nowhere"), "must be a folder"),
     ],

@@ -100,7 +100,8 @@ def test_prune_writes_one_file_and_the_commands_read_it(place, pruned, tmp_path)
                  "--output", tmp_path / "a.png")  # fmt: skip
     assert result.exit_code == 0 and (tmp_path / "a.png").is_file(), result.output
     times = run_json("bench", output, "--repeats", 1, "--pipeline-config", place / "encoders")
-    assert times["sizes"]["pruned"][0] != times["sizes"]["dense"][0]
+    parameters = times["memory"]["parameters"]
+    assert parameters["pruned"] != parameters["dense"]
 
 
 def test_a_pruned_file_becomes_a_folder_and_the_same_pictures(place, pruned, tmp_path):

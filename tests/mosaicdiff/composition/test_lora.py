@@ -277,7 +277,7 @@ def test_models_that_cannot_take_one_are_refused(pipe, tmp_path):
     mosaicdiff.load_lora(pipe, PAIR)
     with pytest.raises(ValueError, match="adapter_name must be new, got 'default' again"):
         mosaicdiff.load_lora(pipe, PAIR)
-    with pytest.raises(ValueError, match="a LoRA must be loaded, got other of default"):
+    with pytest.raises(ValueError, match="a LoRA 'other' must be loaded, got default"):
         mosaicdiff.unload_lora(pipe, "other")
     mosaicdiff.unload_lora(pipe)
     with pytest.raises(ValueError, match=r"must be a \.safetensors file or a folder"):

@@ -126,6 +126,13 @@ def test_swapped_and_optimized_denoisers_are_refused():
         denoiser.set_stage_memory("swap")
 
 
+def test_cast_weights_are_not_swapped():
+    denoiser = pruned().transformer
+    denoiser.enable_layerwise_casting()
+    with pytest.raises(ValueError, match="set_stage_memory: .* layerwise casting has rounded"):
+        denoiser.set_stage_memory("swap")
+
+
 def test_first_block_cache_goes_on_top_of_fused_execution():
     pipe = pruned()
     expected = sample(pipe, 9)

@@ -86,8 +86,8 @@ def test_prompts_are_scored(tiny_sd3_folder, clip_folder, tmp_path):  # noqa: F8
 @pytest.mark.parametrize(
     "options, message",
     [
-        (("--guidance-scale", "1,x"), "--guidance-scale must be numbers separated by commas"),
-        (("--guidance-scale", "2,2"), "each once, got [2.0, 2.0]"),
+        (("--guidance-scale", "1,x"), "--guidance-scale must be numbers that are not negative"),
+        (("--guidance-scale", "2,2"), "each once, separated by commas, got '2,2'"),
         (("--num-images", 3), "num_images must be at least 4, got 3"),
         (("--num-images", 0), "--num-images must be at least 1, got 0"),
         (("--features", "vgg"), "--features must be digits, inception, inception:FILE or none"),

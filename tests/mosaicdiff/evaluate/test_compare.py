@@ -153,7 +153,7 @@ def test_it_is_plain_values(swept):
     assert setting["reference"] == "noise" and setting["reference_images"] == 20
     assert setting["conditions"] == list(range(6)) and setting["seed"] == 0
     assert any("biased upwards" in note for note in values["notes"])
-    assert any("the median of 2 batches" in note for note in values["notes"])
+    assert any("Seconds are of 2 batches" in note for note in values["notes"])
 
 
 def test_batches_do_not_matter(swept, pair, real):

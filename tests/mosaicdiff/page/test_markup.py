@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mosaicdiff.page.markup import Markup, element, join
+from mosaicdiff.page.markup import Markup, coded, element, join
 
 
 class Reader(html.parser.HTMLParser):
@@ -44,3 +44,8 @@ def test_elements_nest_and_attributes_are_named():
 def test_void_elements_hold_nothing():
     with pytest.raises(ValueError, match="element: img must have no children, got 'x'"):
         element("img", "x")
+
+
+def test_code_between_backticks():
+    shown = element("p", coded("run `a <b>` or `c`, not d"))
+    assert shown == "<p>run <code>a &lt;b&gt;</code> or <code>c</code>, not d</p>"
