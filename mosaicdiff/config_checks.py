@@ -224,6 +224,11 @@ def _check_counts(config: PruneConfig) -> None:
     for name in ("batch_size", "round_to"):
         if getattr(config, name) != "auto":
             least[name] = 1
+            if isinstance(getattr(config, name), str):
+                raise ValueError(
+                    f"PruneConfig: {name} must be a whole number or 'auto', got "
+                    f"{getattr(config, name)!r}."
+                )
     require_whole_numbers(config, least)
     if not isinstance(config.seed, int) or config.seed < 0:
         raise ValueError(

@@ -104,6 +104,11 @@ def bench(
     check_modes(names, target)
     scheduler: Any
     if model in CONFIGURATIONS:
+        if against is not None:
+            raise ValueError(
+                f"bench: --against must be left out with a configuration, got {against!r}: {model} "
+                "is pruned on the spot."
+            )
         config = PruneConfig(
             sparsity=0.33 if sparsity is None else sparsity,
             steps=counts[0],

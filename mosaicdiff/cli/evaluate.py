@@ -52,7 +52,7 @@ def evaluate(model: str, grid: Path | None, as_json: bool, **options: Any) -> No
     from .plots import check_plot_file
 
     if grid is not None:
-        check_plot_file(grid)
+        check_plot_file(grid, "--grid")
     result = judge_model(model, options)
     if grid is not None:
         _draw(grid, result)

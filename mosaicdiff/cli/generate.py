@@ -63,7 +63,7 @@ _FRAME_RATE = 16
     type=click.Path(path_type=Path),
     help="File of a LoRA for the dense model, of which a pruned one takes what it kept.",
 )
-@click.option("--lora-scale", default=1.0, show_default=True, help="Of all of the LoRA.")
+@click.option("--lora-scale", type=float, help="Of all of the LoRA.  [default: 1.0]")
 @pipeline_option("Of its call")
 @pipeline_config_option
 @stage_memory_option
@@ -85,7 +85,7 @@ def generate(
     guidance_scale: float | None,
     seed: int,
     lora: Path | None,
-    lora_scale: float,
+    lora_scale: float | None,
     pipeline_option: tuple[str, ...],
     pipeline_config: str | None,
     stage_memory: str,
@@ -111,6 +111,12 @@ def generate(
         raise ValueError(f"--output must lie in a folder that can be written to, got {output}.")
     if lora is not None and not lora.is_file():
         raise ValueError(f"--lora must be a .safetensors file, got {lora}, which is not there.")
+    if lora is None and lora_scale is not None:
+        raise ValueError(f"--lora-scale must be left out without --lora, got {lora_scale}.")
+    if lora is not None and stage_memory == "swap":
+        raise ValueError(
+            "--stage-memory must be resident with --lora, got swap: a LoRA is added to all stages."
+        )
     target = pick_device(device)
     from ..evaluate.sampling import draws_video, sample_images
     from ..sources import load_pipeline
@@ -119,7 +125,7 @@ def generate(
     if lora is not None:
         from ..composition.lora import load_lora
 
-        load_lora(pipe, lora, scale=lora_scale)
+        load_lora(pipe, lora, scale=1.0 if lora_scale is None else lora_scale)
     conditions = _conditions(pipe, labels, prompts)
     _check_kind(output, draws_video(pipe), len(conditions))
     by_class = isinstance(conditions[0], int)

@@ -40,7 +40,10 @@ def info(folder: Path, as_json: bool) -> None:
         file = place / REPORT
         report = json.loads(file.read_text()) if file.is_file() else None
     else:
-        raise ValueError(f"info: {folder} must be a folder or a .safetensors, but there is none.")
+        raise ValueError(
+            f"info: {folder} must be the folder or .safetensors of a pruned model, but there is "
+            "none. Of dense models mosaicdiff families tells."
+        )
     memory = None
     if place.is_dir():
         from ..memory.count import state_folder

@@ -94,7 +94,8 @@ judging_options = (
     click.option(
         "--state",
         type=click.Path(path_type=Path),
-        help="Keep what was found in this .npz after every batch; go on from it if it is there.",
+        help="Keep what was found in this .npz after every batch, and go on from it if it is "
+        "there; it goes when all is done.",
     ),
     device_option,
     dtype_option,
@@ -234,10 +235,9 @@ def _load(
     if against is None:
         against = denoiser.info.source if isinstance(denoiser, StagedDenoiser) else None
         if against is None:
-            raise ValueError(
-                f"evaluate: --against must name the dense model: {model} does not say where it "
-                "came from."
-            )
+            dense = not isinstance(denoiser, StagedDenoiser)
+            why = "is not pruned" if dense else "does not say where it came from"
+            raise ValueError(f"evaluate: --against must name the dense model: {model} {why}.")
     return load_pipeline(against, dtype, device), pruned, against
 
 

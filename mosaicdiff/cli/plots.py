@@ -22,16 +22,16 @@ _COLOURS = ("#4C72B0", "#DD8452", "#55A868", "#8172B3")
 _FORMATS = {".png", ".svg", ".pdf", ".jpg"}
 
 
-def check_plot_file(path: Path) -> None:
-    """Refuse a file that could not be drawn.
+def check_plot_file(path: Path, option: str = "--plot") -> None:
+    """Refuse a file that could not be drawn, given by an option.
 
     Raises:
         ValueError: its ending is unknown, or its folder is missing.
     """
     if path.suffix.lower() not in _FORMATS:
-        raise ValueError(f"--plot must end in {', '.join(sorted(_FORMATS))}, got {path}.")
+        raise ValueError(f"{option} must end in {', '.join(sorted(_FORMATS))}, got {path}.")
     if not path.absolute().parent.is_dir():
-        raise ValueError(f"--plot must lie in a folder that exists, got {path}.")
+        raise ValueError(f"{option} must lie in a folder that exists, got {path}.")
 
 
 def measured_mse(

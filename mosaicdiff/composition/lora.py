@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -131,6 +132,8 @@ def load_lora(
         ValueError: names what cannot be loaded: another model's LoRA, a text encoder's part, DoRA
             and the like; weights that are quantised, cast or offloaded. Nothing is changed then.
     """
+    if not math.isfinite(scale):
+        raise ValueError(f"load_lora: scale must be finite, got {scale}.")
     name, staged = _pruned(pipe, component, "load_lora")
     check_plain_weights(staged, "load_lora")
     loaded = staged._loras or LoadedLoras(staged)

@@ -65,7 +65,8 @@ def cost_section(page: Page) -> Markup:
     caption = (
         "Shorter is better. A step runs one stage, but a file holds them all: that is why storage "
         "can grow while every step computes less. Swapped, one stage is on the device at a time. "
-        "Time is of the whole pipelines, batch by batch in turn; other work on the machine shows."
+        "Time is of the whole pipelines, batch by batch in turn; other work on the machine shows. "
+        f"MACs and time are those at guidance {write_scale(dense.guidance_scale)}."
     )
     return element(
         "section",

@@ -315,7 +315,7 @@ def test_images_by_class_calibrate(tmp_path):
         (("bench", "digits"), "must be pruned, but it is dense"),
         (("bench", "digits", "--sparsity", 0.5), "--sparsity must be left out with a pruned fol"),
         (("bench", "dit-z-9"), "must be a pruned folder or one of dit-xl-2, dit-b-4"),
-        (("info", "nowhere"), "must be a folder"),
+        (("info", "nowhere"), "must be the folder or .safetensors of a pruned"),
     ],
 )
 def test_other_commands_refuse(arguments, message, tmp_path, monkeypatch):

@@ -280,6 +280,8 @@ def test_models_that_cannot_take_one_are_refused(pipe, tmp_path):
     with pytest.raises(ValueError, match="a LoRA 'other' must be loaded, got default"):
         mosaicdiff.unload_lora(pipe, "other")
     mosaicdiff.unload_lora(pipe)
+    with pytest.raises(ValueError, match="scale must be finite, got nan"):
+        mosaicdiff.load_lora(pipe, PAIR, scale=float("nan"))
     with pytest.raises(ValueError, match=r"must be a \.safetensors file or a folder"):
         mosaicdiff.load_lora(pipe, tmp_path / "lora.bin")
     with pytest.raises(ValueError, match=r"must hold one \.safetensors file, got none"):

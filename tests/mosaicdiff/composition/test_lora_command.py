@@ -44,9 +44,21 @@ def test_generate_with_a_lora(folder):
     assert (changed != plain).any() and (none == plain).all()
 
 
-def test_a_lora_that_is_not_there(folder):
-    asked = ("--lora", folder / "other.safetensors", "--output", folder / "x.png")
-    refused("--lora must be a .safetensors file", "generate", folder / "model", *asked)
+@pytest.mark.parametrize(
+    "message, options",
+    [
+        ("--lora must be a .safetensors file", ("--lora", "other.safetensors")),
+        ("--lora-scale must be left out without --lora", ("--lora-scale", 0.5)),
+        ("--stage-memory must be resident with --lora", ("--lora", None, "--stage-memory", "swap")),
+        ("scale must be finite, got nan", ("--lora", None, "--lora-scale", "nan")),
+    ],
+)
+def test_what_does_not_go_together(folder, message, options):
+    save_file({f"{Q}.lora_A.weight": torch.ones(2, 32), f"{Q}.lora_B.weight": torch.ones(32, 2)},
+              folder / "lora.safetensors")  # fmt: skip
+    options = [folder / "lora.safetensors" if o is None else o for o in options]
+    output = ("--output", folder / "x.png")
+    refused(message, "generate", folder / "model", *options, *output)
 
 
 @pytest.mark.models
