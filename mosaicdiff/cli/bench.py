@@ -100,7 +100,7 @@ def bench(
     from ..evaluate.latency import check_modes
     from ..evaluate.room import check_room
 
-    names = [name.strip() for name in modes.split(",") if name.strip()]
+    names = list(dict.fromkeys(name.strip() for name in modes.split(",") if name.strip()))
     check_modes(names, target)
     scheduler: Any
     if model in CONFIGURATIONS:

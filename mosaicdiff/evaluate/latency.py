@@ -114,6 +114,7 @@ def measure_modes(
     adapter = adapter_for(dense)
     parameter = leading_parameter(dense)
     device = parameter.device
+    check_modes(modes, device)
     runs = [staged.info.steps] if steps is None else steps
     networks = mode_networks(dense, staged, modes)
     calls = [c for group in networks for c in denoiser_calls(adapter, group, batch_size)]
@@ -156,8 +157,10 @@ def mode_networks(
     """Return for each mode the dense network and the stages, each with a timestep of its own.
 
     All are around the same weights.
+
+    Args:
+        modes: of `MODES`; of none, nothing.
     """
-    check_modes(modes, leading_parameter(dense).device)
     stages = list(staged.stage_models)
     timesteps = [staged.division.stages[0].first]
     timesteps += [(stage.first + stage.last) // 2 for stage in staged.division.stages]

@@ -93,5 +93,11 @@ def _spent(bench: Bench) -> Markup | None:
         element("h3", "Where the time of a call goes, in milliseconds"),
         both_widths(lambda width: spent_chart(bars, names, width)),
         element("ul", *keys, class_="legend"),
+        element(
+            "p",
+            "Of calls apart from those in the table, at its first batch size, in shares that a "
+            "profiler found.",
+            class_="note",
+        ),
         class_="drawing",
     )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mosaicdiff import PruneConfig
-from mosaicdiff.evaluate import room
+from mosaicdiff.evaluate import latency, room
 from mosaicdiff.evaluate.bench import bench_modes
 from mosaicdiff.evaluate.configurations import random_denoiser, random_staged, usual_scheduler
 from mosaicdiff.evaluate.latency import check_modes, measure_modes, mode_networks
@@ -68,6 +68,14 @@ def test_modes_are_around_the_same_weights(pair):
         for one, other in zip(dense.parameters(), fused[0][0].parameters(), strict=True):
             assert one is other
     assert "forward" not in dense.__dict__
+
+
+def test_modes_that_keep_their_memory_to_themselves(pair, monkeypatch):
+    monkeypatch.setitem(latency.MODES, "compiled", {"compile": {"backend": "eager"}})
+    report = bench_modes("tiny", *pair, linear_scheduler(), modes=["compiled"], steps=[20],
+                         repeats=1)  # fmt: skip
+    assert [row.peak_bytes for row in report.rows] == [None, None]
+    assert report.time == []
 
 
 def test_over_eager_is_measured_without_the_mode_too(pair):
