@@ -134,7 +134,7 @@ def _quality(evaluation: Evaluation) -> Markup | None:
         said.append(
             f"at guidance {scales[0]}, the best of both"
             if scales[0] == scales[1]
-            else f"each at its best guidance ({scales[0]} and {scales[1]})"
+            else f"each at its best guidance (dense {scales[0]}, pruned {scales[1]})"
         )
     return _figure(metric.title, value, "; ".join(said))
 
