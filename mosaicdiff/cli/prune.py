@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ from .request_options import (
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
+    from ..groups import PrunableLayer
     from ..report import PruneReport
 
 
@@ -176,6 +178,8 @@ def prune(context: click.Context, as_json: bool, **options: Any) -> None:
     for part in (result, *result.others):
         if result.others:
             console().rule(str(part.component))
+        if config.round_to == "auto":
+            console().print(_units(part.denoiser.info.layers), highlight=False)
         _print_report(part.report, config, output)
     if sparse is not None and sparse.gain is not None:
         console().print(
@@ -222,6 +226,15 @@ def _check_layout(model: str, pipe: DiffusionPipeline) -> None:
         )
     denoiser = parts[0].denoiser
     check_source(Path(model), type(denoiser).__name__, dict(denoiser.config))
+
+
+def _units(layers: Iterable[PrunableLayer]) -> str:
+    """Say what widths were rounded to, by kind of layer."""
+    found: dict[str, set[int]] = {}
+    for layer in layers:
+        found.setdefault(layer.kind, set()).add(layer.unit)
+    said = [f"{k} in {', '.join(f'{u}s' for u in sorted(v))}" for k, v in found.items()]
+    return f"worth their time on this device: {', '.join(said)}"
 
 
 def _print_report(report: PruneReport, config: PruneConfig, output: Path) -> None:

@@ -65,7 +65,14 @@ class DeepCacheHelper:
             cache_interval: steps from one full computation to the next.
             cache_branch_id: of the skip connection above which all is computed; 0 is the first.
             skip_mode: `uniform`.
+
+        Raises:
+            ValueError: the interval is none.
         """
+        if cache_interval < 1:
+            raise ValueError(
+                f"DeepCacheHelper: cache_interval must be at least 1, got {cache_interval}."
+            )
         for helper in self._helpers:
             helper.set_params(cache_interval, cache_branch_id, skip_mode)
 

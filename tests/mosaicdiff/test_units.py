@@ -25,7 +25,7 @@ from mosaicdiff.allocation.units import (
 )
 from mosaicdiff.pipeline import cut
 
-from .commands import run_json
+from .commands import run, run_json
 from .conftest import linear_scheduler, tiny_denoiser
 
 NEURONS = UNITS["neurons"]
@@ -213,7 +213,10 @@ def test_the_configuration_keeps_it(tmp_path):
 def test_prune_by_the_command(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     output = tmp_path / "out"
-    run_json("prune", *tiny.options, "--output", output, "--sparsity", "0.3", "--round-to", "auto")
+    asked = (*tiny.options, "--sparsity", "0.3", "--round-to", "auto")
+    run_json("prune", *asked, "--output", output)
+    shown = run("prune", *asked, "--output", tmp_path / "again").output
+    assert "worth their time on this device: heads in " in shown
     config = json.loads((output / "transformer" / "config.json").read_text())
     assert config["prune_config"]["round_to"] == "auto"
     (stored,) = (tmp_path / "cache" / "mosaicdiff" / "latency").iterdir()

@@ -214,6 +214,8 @@ def test_deepcache(unet, stages):
     expected = tiny.sample(pipe, steps=9)
     before = [id(module) for module in pipe.unet.modules()]
     helper = DeepCacheHelper(pipe)
+    with pytest.raises(ValueError, match="cache_interval must be at least 1, got 0"):
+        helper.set_params(cache_interval=0)
     helper.set_params(cache_interval=1)
     helper.enable()
     assert torch.equal(tiny.sample(pipe, steps=9), expected)
