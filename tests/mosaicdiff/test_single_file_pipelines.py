@@ -147,7 +147,7 @@ def test_mistakes_are_refused_before_any_work(tiny_sd3_folder, place, tmp_path):
     result = run("prune", whole, *given, "--output", output, *more)
     assert result.exit_code == 2 and "path must be new" in result.stderr
     assert output.read_text() == "mine"
-    refused("a folder or a .safetensors, but there is none", "info", tmp_path / "no.safetensors")
+    refused("the folder or .safetensors of a pruned model", "info", tmp_path / "no.safetensors")
 
 
 def test_one_file_for_two_denoisers_is_refused(tmp_path):

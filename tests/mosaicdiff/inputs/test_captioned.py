@@ -228,7 +228,7 @@ def test_mistakes_are_told_before_work_starts(tiny_sd3_folder, tiny, images, tmp
     told("trajectory must be left out with activations='noised' where no texts are encoded",
          "--calibration", tiny.latents, "--image-size", 8)  # fmt: skip
     told("options must be among", *both, "--pipeline-option", "strength=1")
-    told("batch_size must be a whole number of at least 1, got 'some'", "--batch-size", "some")
+    told("batch_size must be a whole number or 'auto', got 'some'", "--batch-size", "some")
     (images / "0.txt").write_text("a")
     told("1.png in", "--calibration", images)
     for number in range(6):
