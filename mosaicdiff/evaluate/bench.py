@@ -25,6 +25,9 @@ from .latency import LatencyReport, measure_modes, mode_networks
 from .peak import peak_bytes
 from .spent import TimeSpent, mean_spent, time_spent
 
+#: By mode, networks and the timesteps they are called at; see `mode_networks`.
+ModeNetworks = dict[str, list[tuple[nn.Module, int]]]
+
 
 @dataclass(frozen=True)
 class BenchRow:
@@ -132,17 +135,20 @@ def bench_modes(
 
     weights = {"dense": sum(measure_memory(dense).live.values()),
                "pruned": sum(measure_memory(staged).live.values())}  # fmt: skip
+    networks = mode_networks(dense, staged, modes)
+    by_mode = dict(zip(modes, networks, strict=True))
     for batch_size in batch_sizes:
         reports = measure_modes(
             dense, staged, modes,
-            batch_size=batch_size, repeats=repeats, steps=[s for _, s in counts], advance=advance,
+            batch_size=batch_size, repeats=repeats, steps=[s for _, s in counts],
+            networks=networks, advance=advance,
         )  # fmt: skip
-        peaks = _peaks(dense, staged, modes, batch_size, weights)
+        peaks = _peaks(by_mode, dense, batch_size, weights)
         for count, per_mode in zip(steps, reports, strict=True):
             latencies += per_mode
             for report in per_mode:
                 rows += _rows(report, count, peaks.get(report.mode, {}))
-    found = _where(dense, staged, modes, batch_sizes[0], tell) if where else []
+    found = _where(by_mode, dense, staged, batch_sizes[0], tell) if where else []
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     return BenchReport(
         model=model,
@@ -196,17 +202,17 @@ def _steps_of_stages(staged: StagedDenoiser, scheduler: Any, count: int) -> list
 
 
 def _peaks(
+    by_mode: ModeNetworks,
     dense: nn.Module,
-    staged: StagedDenoiser,
-    modes: Sequence[str],
     batch_size: int,
     weights: dict[str, int],
 ) -> dict[str, dict[str, int]]:
     """Return bytes by mode and network; modes that keep their memory to themselves are left out."""
     device = leading_parameter(dense).device
-    seen = [m for m in modes if m in ("eager", "fused") or device.type == "cuda"]
     found = {}
-    for mode, networks in zip(seen, mode_networks(dense, staged, seen), strict=True):
+    for mode, networks in by_mode.items():
+        if mode not in ("eager", "fused") and device.type != "cuda":
+            continue
         took = []
         for call in denoiser_calls(adapter_for(dense), networks, batch_size):
             with torch.no_grad():
@@ -247,24 +253,22 @@ def _rows(report: LatencyReport, steps: int, peaks: dict[str, int]) -> list[Benc
 
 
 def _where(
+    by_mode: ModeNetworks,
     dense: nn.Module,
     staged: StagedDenoiser,
-    modes: Sequence[str],
     batch_size: int,
     tell: Callable[[str, int, int], None],
 ) -> list[dict[str, Any]]:
     device = leading_parameter(dense).device
     weight = [count / sum(staged.info.steps) for count in staged.info.steps]
     # What a compiled function or a graph does inside has other names on every machine.
-    seen = [mode for mode in modes if mode in ("eager", "fused")]
+    seen = [mode for mode in by_mode if mode in ("eager", "fused")]
     found: list[dict[str, Any]] = []
-    for number, (mode, networks) in enumerate(
-        zip(seen, mode_networks(dense, staged, seen), strict=True)
-    ):
+    for number, mode in enumerate(seen):
         with torch.no_grad():
             spent: list[TimeSpent] = [
                 time_spent(call, device)
-                for call in denoiser_calls(adapter_for(dense), networks, batch_size)
+                for call in denoiser_calls(adapter_for(dense), by_mode[mode], batch_size)
             ]
         for network, one in (("dense", spent[0]), ("pruned", mean_spent(spent[1:], weight))):
             found.append({"mode": mode, "network": network, "batch_size": batch_size}

@@ -90,6 +90,7 @@ def measure_modes(
     batch_size: int = 1,
     repeats: int = 10,
     steps: Sequence[Sequence[int]] | None = None,
+    networks: list[list[tuple[nn.Module, int]]] | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> list[list[LatencyReport]]:
     """Time dense and stage calls in every mode, all in turn, so that all see the same machine.
@@ -103,6 +104,8 @@ def measure_modes(
         repeats: rounds over all networks, after one that is not counted.
         steps: of each stage, in each of several runs that the calls are averaged over; that of
             the plan where not given.
+        networks: what `mode_networks` made of the modes, where that is there: its weights are
+            joined and its graphs compiled once for all batch sizes.
 
     Returns:
         For each run, a report of each mode.
@@ -114,9 +117,9 @@ def measure_modes(
     adapter = adapter_for(dense)
     parameter = leading_parameter(dense)
     device = parameter.device
-    check_modes(modes, device)
     runs = [staged.info.steps] if steps is None else steps
-    networks = mode_networks(dense, staged, modes)
+    if networks is None:
+        networks = mode_networks(dense, staged, modes)
     calls = [c for group in networks for c in denoiser_calls(adapter, group, batch_size)]
     eager = "eager" in modes
     if not eager:
@@ -159,8 +162,9 @@ def mode_networks(
     All are around the same weights.
 
     Args:
-        modes: of `MODES`; of none, nothing.
+        modes: of `MODES`.
     """
+    check_modes(modes, leading_parameter(dense).device)
     stages = list(staged.stage_models)
     timesteps = [staged.division.stages[0].first]
     timesteps += [(stage.first + stage.last) // 2 for stage in staged.division.stages]

@@ -95,7 +95,7 @@ def optimize(
         RuntimeError: `cuda_graphs` without a CUDA device.
     """
     denoisers = _denoisers(model)
-    options = {} if compile is True else compile or None
+    options = _compile_options(compile)
     if not (fuse or cuda_graphs or options is not None):
         raise ValueError(
             "optimize: one of fuse, compile and cuda_graphs must be True. Call mosaicdiff.restore "
@@ -143,7 +143,7 @@ def optimized_twins(
         models: dense denoisers or stages.
         joins: of all networks around these weights.
     """
-    options = {} if compile is True else compile or None
+    options = _compile_options(compile)
     made: dict[int, nn.Module] = {}
     twins = [twin(model, made) for model in models]
     for model in twins:
@@ -222,6 +222,11 @@ def _check(denoiser: nn.Module, fuse: bool, cuda_graphs: bool) -> None:
             f"optimize: cuda_graphs needs the model on a CUDA device, got {device.type}. Move it "
             "there first, or leave cuda_graphs out."
         )
+
+
+def _compile_options(compile: bool | dict[str, Any]) -> dict[str, Any] | None:
+    """Return the options of `torch.compile`, or None to leave it."""
+    return {} if compile is True else compile or None
 
 
 def _network(
